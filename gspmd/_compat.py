@@ -1,0 +1,141 @@
+"""What gspmd reads of JAX beyond its documented surface: tracebacks and name stacks of equations.
+
+A release of JAX that moves them changes this file only.
+"""
+
+import dataclasses
+import os
+import sys
+import sysconfig
+from collections.abc import Callable
+from types import CodeType, TracebackType
+from typing import Any
+
+import jax
+import jaxlib
+from jax.core import Tracer
+
+from gspmd.ir import Source
+
+# Frames of these distributions are never "the user's line".
+LIBRARIES = frozenset({"jax", "jaxlib", "flax", "optax", "numpy", "chex", "einops", "orbax"})
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_JAX = tuple(os.path.abspath(path) + os.sep for m in (jax, jaxlib) for path in m.__path__)
+_STDLIB = sysconfig.get_path("stdlib") + os.sep
+_MODELS = tuple(
+    os.path.join(root, folder) + os.sep
+    for root in (_HERE, os.path.dirname(os.path.dirname(_HERE)))
+    for folder in ("models", "meshes")
+)
+
+
+class Sources:
+    """Finds the user's source line of equations; remembers what it found, for one trace."""
+
+    def __init__(self) -> None:
+        self._cwd = os.getcwd() + os.sep
+        self._is_user: dict[str, bool] = {}
+        self._sources: dict[tuple[CodeType, int, str], Source] = {}
+
+    def of(self, eqn: Any, outer: Source | None = None) -> Source | None:
+        """The innermost user frame of `eqn`, in the phase that its name stack tells.
+
+        The equations of an inner jaxpr do not repeat what surrounds it: `outer` is the source of
+        the op that holds it, which also stands in where all frames are a library's.
+        """
+        phase = phase_of(eqn, outer.phase if outer else "forward")
+        traceback = eqn.source_info.traceback
+        if traceback is None:
+            return outer
+        codes, offsets = traceback.raw_frames()
+        for i, code in enumerate(codes):
+            if self._user(code.co_filename):
+                return self._source(traceback, code, offsets[i], phase)
+        if outer is not None:
+            return outer if outer.phase == phase else dataclasses.replace(outer, phase=phase)
+        return self._source(traceback, codes[0], offsets[0], phase) if codes else None
+
+    def _source(self, traceback: Any, code: CodeType, offset: int, phase: str) -> Source:
+        key = (code, offset, phase)
+        if key not in self._sources:
+            line = type(traceback).code_addr2location(code, offset)[0]
+            file, name = self.relative(code.co_filename), _plain(code.co_qualname)
+            self._sources[key] = Source(file, line, name, phase)
+        return self._sources[key]
+
+    def of_traceback(self, traceback: TracebackType | None) -> Source | None:
+        """The innermost user frame of a Python exception's traceback; None if it has none."""
+        found = None
+        while traceback is not None:
+            code = traceback.tb_frame.f_code
+            if self._user(code.co_filename):
+                line = traceback.tb_lineno
+                found = Source(self.relative(code.co_filename), line, _plain(code.co_qualname))
+            traceback = traceback.tb_next
+        return found
+
+    def here(self) -> Source | None:
+        """The line of the user's code that is now calling gspmd; None if there is none."""
+        frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+        while frame is not None:
+            code = frame.f_code
+            if self._user(code.co_filename):
+                return Source(self.relative(code.co_filename), frame.f_lineno, code.co_qualname)
+            frame = frame.f_back
+        return None
+
+    def relative(self, file: str) -> str:
+        """`file` relative to the working directory where it lies below it."""
+        return file[len(self._cwd) :] if file.startswith(self._cwd) else file
+
+    def _user(self, file: str) -> bool:
+        if file not in self._is_user:
+            self._is_user[file] = is_user_file(file)
+        return self._is_user[file]
+
+
+def is_user_file(file: str) -> bool:
+    """Whether code of `file` is the user's: not JAX's, a known library's, Python's or gspmd's own.
+
+    The reference models count as user code.
+    """
+    if file.startswith("<"):  # `<string>` of generated code is nobody's; a prompt is the user's
+        return file.startswith(("<stdin>", "<ipython"))
+    if file.startswith(_MODELS):
+        return True
+    if file.startswith((_HERE, *_JAX)):
+        return False
+    for folder in ("site-packages", "dist-packages"):
+        _, found, rest = file.partition(f"{os.sep}{folder}{os.sep}")
+        if found:
+            return rest.partition(os.sep)[0].removesuffix(".py") not in LIBRARIES
+    return not file.startswith(_STDLIB)
+
+
+def phase_of(eqn: Any, outer: str) -> str:
+    """The phase, forward, backward or rematerialized, by the marks that grad and remat leave."""
+    stack = str(eqn.source_info.name_stack)
+    if not stack:
+        return outer
+    if "rematted_computation" in stack:
+        return "rematerialized"
+    return "backward" if "transpose(" in stack else outer
+
+
+def is_tracer(x: Any) -> bool:
+    """Whether `x` stands for a value inside a transformation."""
+    return isinstance(x, Tracer)
+
+
+def bind(primitive: Any) -> Callable[..., Any]:
+    """The function `(*arrays, **params) -> results` that executes `primitive`."""
+
+    def call(*args: Any, **params: Any) -> Any:
+        return primitive.bind(*args, **primitive.get_bind_params(params))
+
+    return call
+
+
+def _plain(qualified: str) -> str:
+    return qualified.replace("<locals>.", "")

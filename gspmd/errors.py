@@ -1,0 +1,29 @@
+"""The errors of gspmd: each is one sentence that names what, where, the numbers and the way out."""
+
+
+class GspmdError(Exception):
+    """Base of every error that gspmd raises on purpose."""
+
+
+class SpecError(GspmdError, ValueError):
+    """A spec, an annotation or a rule table does not fit its tensor or its mesh."""
+
+
+class MeshError(GspmdError, ValueError):
+    """A mesh is malformed, or it does not match the devices or the arrays at hand."""
+
+
+class TraceError(GspmdError, TypeError):
+    """A function cannot be turned into a program."""
+
+
+class ArgumentError(GspmdError, TypeError):
+    """A plan was called with arguments other than those it was made for."""
+
+
+class RuleError(GspmdError, ValueError):
+    """A factor rule is malformed, or contradicts the op that it describes."""
+
+
+class StrictError(GspmdError):
+    """`strict=True` and the program holds ops which can only run gathered."""

@@ -1,0 +1,201 @@
+"""Why: the chain of origins behind a collective or a sharding, down to the user's lines."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import networkx as nx
+
+from gspmd.ir import Cause, Literal, Op, Program, Value, values_of
+from gspmd.propagate import Origin, Place, Propagated
+from gspmd.rules import factor_rule
+from gspmd.rules.control import CONTROL
+from gspmd.sharding import Sharding, show_type
+
+LONGEST_CHAIN = 6  # steps shown of one chain; the middle of a longer one is counted, not shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What explanations are read from: the model, its shardings, and who made each value."""
+
+    model: Program
+    shardings: Mapping[Value, Sharding]
+    origins: Mapping[Place, Origin]
+    producers: Mapping[Value, Op]
+    named: Mapping[str, Value]
+
+    @classmethod
+    def of(cls, model: Program, propagated: Propagated) -> "Context":
+        producers = {out: op for op, _ in model.walk() for out in op.outs}
+        named = {v.name: v for v in (*values_of(model.outs), *model.ins) if v.name}
+        for op, _ in model.walk():
+            if op.name == "name":
+                named.setdefault(op.params["name"], op.outs[0])
+        return cls(model, propagated.shardings, propagated.origins, producers, named)
+
+    def type(self, value: Value) -> str:
+        return show_type(value.shape, value.dtype, self.shardings[value])
+
+
+def why_value(value: Value, context: Context) -> str:
+    """Who put each axis on each dim of `value`."""
+    lines = [f"{_called(value, context)} is {context.type(value)}"]
+    for dim, axes in enumerate(context.shardings[value].dims):
+        lines += [f"  dim {dim} over {axis}: {chain((value, dim, axis), context)}" for axis in axes]
+    if not context.shardings[value].axes:
+        lines.append("  whole on every device: no annotation reaches it, or one says so")
+    return "\n".join(lines)
+
+
+def why_collective(op: Op, context: Context) -> str:
+    """Which shardings met at a collective, and who set each."""
+    if op.cause is None:
+        return "  the program asks for it"
+    cause, axes = op.cause, op.params.get("axes") or op.params["src"]
+    value = cause.value
+    have = show_type(value.shape, value.dtype, cause.src)
+    needs = show_type(value.shape, value.dtype, cause.dst)
+    lines = [f"  {_called(value, context)} is {have}; {_needed_by(cause)} needs {needs}"]
+    for axis in axes:
+        if axis in cause.src.partial:
+            lines += _owed(value, axis, context)
+        else:
+            lines += _held(value, cause.src, axis, context)
+        lines += _wanted(cause, axis, context)
+    return "\n".join(dict.fromkeys(lines))
+
+
+def chain(place: Place, context: Context) -> str:
+    """How an axis came to a dim: `dot_general (mlp.py:9) <- annotation P('x') (mlp.py:8)`."""
+    steps: list[str] = []
+    seen: set[Place] = set()
+    at: Place | None = place
+    while at is not None and at not in seen:
+        seen.add(at)
+        origin = context.origins.get(at)
+        if origin is None:
+            break
+        where = f" ({origin.source})" if origin.source else ""
+        step = f"{origin.label}{where}"
+        if not steps or steps[-1] != step:
+            steps.append(step)
+        at = origin.parent
+    if not steps:
+        return "chosen at this op"
+    if len(steps) > LONGEST_CHAIN:
+        hidden = len(steps) - LONGEST_CHAIN + 1
+        steps = [*steps[: LONGEST_CHAIN - 2], f"... {hidden} more steps ...", *steps[-1:]]
+    return " <- ".join(steps)
+
+
+def _called(value: Value, context: Context) -> str:
+    if value.name:
+        return value.name
+    op = context.producers.get(value)
+    if op is None:
+        return "a loop's value"
+    where = f" at {op.source}" if op.source else ""
+    return f"the result of {op.name}{where}"
+
+
+def _needed_by(cause: Cause) -> str:
+    if cause.consumer is None:
+        return f"the {cause.role}" if cause.role else "the program's boundary"
+    where = f" at {cause.consumer.source}" if cause.consumer.source else ""
+    phase = f" ({cause.consumer.source.phase})" if cause.consumer.source else ""
+    return f"{cause.role} of {cause.consumer.name}{where}{phase}"
+
+
+def _held(value: Value, src: Sharding, axis: str, context: Context) -> list[str]:
+    for dim, axes in enumerate(src.dims):
+        if axis in axes:
+            place = (value, dim, axis)
+            return [f"  its dim {dim} is split over {axis}: {chain(place, context)}"]
+    return []
+
+
+def _owed(value: Value, axis: str, context: Context) -> list[str]:
+    """A sum is owed because an op contracted over a dim that the axis splits."""
+    op = context.producers.get(value)
+    if op is None or op.name in CONTROL:
+        return [f"  a sum over {axis} is owed"]
+    lines = [f"  a sum over {axis} is owed: {op.name} ({op.source}) reduces over dims split by it"]
+    for i, x in enumerate(op.ins):
+        if isinstance(x, Literal):
+            continue
+        for dim, axes in enumerate(context.shardings[x].dims):
+            if axis in axes:
+                place = (x, dim, axis)
+                lines.append(
+                    f"    operand {i} {context.type(x)}, dim {dim}: {chain(place, context)}"
+                )
+    return lines
+
+
+def _wanted(cause: Cause, axis: str, context: Context) -> list[str]:
+    """Where else the consumer uses the axis: the sharding that this one met."""
+    op = cause.consumer
+    if op is None:
+        return []
+    lines: list[str] = []
+    tensors = [(f"operand {i}", x) for i, x in enumerate(op.ins)]
+    tensors += [(f"result {i}" if len(op.outs) > 1 else "result", x) for i, x in enumerate(op.outs)]
+    for label, x in tensors:
+        if isinstance(x, Literal) or x == cause.value:
+            continue
+        for dim, axes in enumerate(context.shardings[x].dims):
+            if axis in axes:
+                place = (x, dim, axis)
+                lines.append(
+                    f"  it meets {label} {context.type(x)}, dim {dim} over {axis}: "
+                    f"{chain(place, context)}"
+                )
+    if not lines and op.name not in CONTROL and op.name != "constraint":
+        whole = [k for k in factor_rule(op).kinds if k == "whole"]
+        if whole:
+            lines.append(f"  {op.name} needs a whole dim: its rule is {factor_rule(op)}")
+    return lines
+
+
+def graph(context: Context, collectives: Sequence[Op]) -> "nx.DiGraph[str]":
+    """Ops and values of the model as nodes, data flow as edges.
+
+    Op nodes carry `kind="op"`, `op`, `source`, `phase`, `collectives` (numbers of those that the op
+    caused); value nodes `kind="value"`, `type`, `sharding` and `name`.
+    """
+    caused: dict[int, list[int]] = {}
+    for number, op in enumerate(collectives, start=1):
+        if op.cause is not None and op.cause.consumer is not None:
+            caused.setdefault(id(op.cause.consumer), []).append(number)
+    g: nx.DiGraph[str] = nx.DiGraph()
+
+    def value_node(value: Value) -> str:
+        key = f"v{value.id}"
+        if key not in g:
+            g.add_node(
+                key,
+                kind="value",
+                name=str(value),
+                type=context.type(value),
+                sharding=context.shardings[value],
+            )
+        return key
+
+    for i, (op, trips) in enumerate(context.model.walk()):
+        key = f"op{i}"
+        g.add_node(
+            key,
+            kind="op",
+            op=op.name,
+            source=str(op.source) if op.source else "",
+            phase=op.source.phase if op.source else "",
+            trips=trips,
+            collectives=tuple(caused.get(id(op), ())),
+        )
+        g.add_edges_from((value_node(x), key) for x in values_of(op.ins))
+        g.add_edges_from((key, value_node(x)) for x in op.outs)
+        for body in op.bodies:
+            g.add_edges_from((key, value_node(x)) for x in body.ins)
+            g.add_edges_from((value_node(x), key) for x in values_of(body.outs))
+    return g
+

@@ -1,0 +1,141 @@
+"""make_jaxpr(fn, arguments): what JAX makes of a function, under the mesh context that it needs."""
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from gspmd._compat import Sources, is_tracer
+from gspmd.arguments import Arguments, abstract, function_name
+from gspmd.errors import GspmdError, TraceError
+from gspmd.sharding import Axes, Mesh
+
+
+def make_jaxpr(
+    fn: Callable[..., Any], arguments: Arguments, mesh: Mesh, sources: Sources
+) -> tuple[Any, Any]:
+    """The closed jaxpr of `fn` over the leaves of `arguments`, and its results' ShapeDtypeStructs.
+
+    Which mesh context a function needs can only be found by trying: a bare PartitionSpec in
+    `with_sharding_constraint` needs a mesh of Auto axes, a `shard_map` over a mesh with devices
+    none, and `out_sharding=` one of Explicit axes.
+
+    Raises:
+      TraceError: JAX cannot trace `fn`.
+    """
+
+    def flat(*leaves: Any) -> Any:
+        args, kwargs = arguments.rebuild(leaves)
+        return fn(*args, **kwargs)
+
+    plain = [
+        abstract(x, f"{name!r}") for x, name in zip(arguments.leaves, arguments.names, strict=True)
+    ]
+    ambient = jax.sharding.get_abstract_mesh()
+    explicit = _explicit_mesh(ambient, arguments.leaves, mesh)
+    typed = [_typed(x, leaf, explicit) for x, leaf in zip(plain, arguments.leaves, strict=True)]
+    none = AbstractMesh((), ())
+    auto = AbstractMesh(*_sizes_and_names(mesh), axis_types=(AxisType.Auto,) * len(mesh.axes))
+    if _fits(ambient, mesh, AxisType.Auto):
+        auto = ambient
+    errors: list[Exception] = []
+    for context, avals in ((auto, plain), (none, plain), (explicit, typed)):
+        try:
+            with _mesh_context(context):
+                return jax.make_jaxpr(flat, return_shape=True)(*avals)
+        except GspmdError:
+            raise
+        except (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError) as error:
+            errors.append(error)
+            if not _about_meshes(error):
+                break
+        except AssertionError as error:
+            if not errors:
+                raise
+            errors.append(error)  # an Explicit mesh turns with_sharding_constraint into an assert
+    is_typed = _fits(ambient, mesh, AxisType.Explicit) or any(
+        is_explicit(sharding_of(leaf)) for leaf in arguments.leaves
+    )
+    error = errors[-1 if is_typed else 0]
+    raise _trace_error(fn, error, sources) from error
+
+
+def _sizes_and_names(mesh: Mesh) -> tuple[tuple[int, ...], Axes]:
+    return tuple(size for _, size in mesh.axes), mesh.names
+
+
+def _fits(context: AbstractMesh, mesh: Mesh, kind: AxisType) -> bool:
+    same = dict(context.shape) == dict(mesh.axes)
+    return same and all(axis_type == kind for axis_type in context.axis_types)
+
+
+def _explicit_mesh(ambient: AbstractMesh, leaves: Sequence[Any], mesh: Mesh) -> AbstractMesh:
+    """The mesh of Explicit axes that the arguments are typed with, or one like `mesh`."""
+    shardings = (sharding_of(leaf) for leaf in leaves)
+    for found in (ambient, *(s.mesh.abstract_mesh for s in shardings if is_explicit(s))):
+        if _fits(found, mesh, AxisType.Explicit):
+            return found
+    kinds = (AxisType.Explicit,) * len(mesh.axes)
+    return AbstractMesh(*_sizes_and_names(mesh), axis_types=kinds)
+
+
+def _typed(plain: jax.ShapeDtypeStruct, leaf: Any, mesh: AbstractMesh) -> jax.ShapeDtypeStruct:
+    sharding = sharding_of(leaf)
+    if not is_explicit(sharding) or dict(sharding.mesh.shape) != dict(mesh.shape):
+        return plain
+    return plain.update(sharding=NamedSharding(mesh, sharding.spec))
+
+
+@contextlib.contextmanager
+def _mesh_context(mesh: AbstractMesh) -> Generator[None]:
+    # JAX refuses to go from a mesh straight to one of another size.
+    with (
+        jax.sharding.use_abstract_mesh(AbstractMesh((), ())),
+        jax.sharding.use_abstract_mesh(mesh),
+    ):
+        yield
+
+
+def _about_meshes(error: Exception) -> bool:
+    if not isinstance(error, (ValueError, RuntimeError)):
+        return False
+    text = str(error).lower()
+    return any(word in text for word in ("mesh", "axis", "axes", "sharding"))
+
+
+_ADVICE: tuple[tuple[type[Exception], str], ...] = (
+    (
+        jax.errors.TracerBoolConversionError,
+        "use jax.lax.cond or jnp.where, or name the argument in static_argnums",
+    ),
+    (jax.errors.TracerArrayConversionError, "use jax.numpy in place of numpy"),
+    (jax.errors.TracerIntegerConversionError, "name the argument in static_argnums"),
+    (
+        jax.errors.NonConcreteBooleanIndexError,
+        "the result's shape would depend on data; use jnp.where(mask, x, 0)",
+    ),
+    (jax.errors.ConcretizationTypeError, "name the argument in static_argnums"),
+    (jax.errors.UnexpectedTracerError, "return the value in place of storing it outside"),
+)
+
+
+def _trace_error(fn: Callable[..., Any], error: Exception, sources: Sources) -> TraceError:
+    source = sources.of_traceback(error.__traceback__)
+    where = f" at {source}" if source else ""
+    said = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    advice = next((f"; {text}" for kind, text in _ADVICE if isinstance(error, kind)), "")
+    return TraceError(f"{function_name(fn)} does not trace{where}: {said}{advice}.")
+
+
+def sharding_of(leaf: Any) -> Any:
+    """Where an argument lies; None if it lies nowhere in particular."""
+    if is_tracer(leaf):  # it has no place, but in explicit mode its type has
+        return jax.typeof(leaf).sharding if is_explicit(jax.typeof(leaf).sharding) else None
+    return getattr(leaf, "sharding", None)
+
+
+def is_explicit(sharding: Any) -> bool:
+    """Whether a mesh axis of `sharding` is Explicit: then it is part of a type."""
+    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types

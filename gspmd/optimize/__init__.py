@@ -1,0 +1,21 @@
+"""Passes on the local program: each a function from a program to a program, one file each."""
+
+from collections.abc import Callable
+
+from gspmd.ir import Program, verify
+from gspmd.optimize.combine import combine
+from gspmd.optimize.drop_unused import drop_unused
+from gspmd.optimize.scatter import scatter
+from gspmd.optimize.share import share
+from gspmd.sharding import Mesh
+
+Pass = Callable[[Program], Program]
+
+PASSES: tuple[Pass, ...] = (share, scatter, drop_unused, combine)
+
+
+def optimize(program: Program, mesh: Mesh, passes: tuple[Pass, ...] = PASSES) -> Program:
+    """The local program after `passes`, in order, verified after each."""
+    for apply in passes:
+        program = verify(apply(program), mesh)
+    return program

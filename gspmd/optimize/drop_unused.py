@@ -1,0 +1,24 @@
+"""Dead-code elimination: ops whose results nobody reads go.
+
+    %0 = tanh x
+    %1 = neg x            ->    %0 = tanh x
+    return %0                   return %0
+"""
+
+import dataclasses
+
+from gspmd.ir import Op, Program, Value, values_of
+
+
+def drop_unused(program: Program) -> Program:
+    """Removes the ops that no output depends on, in bodies too; ops without results stay."""
+    live: set[Value] = set(values_of(program.outs))
+    kept: list[Op] = []
+    for op in reversed(program.ops):
+        if op.outs and live.isdisjoint(op.outs):
+            continue
+        live.update(values_of(op.ins))
+        if op.bodies:
+            op = dataclasses.replace(op, bodies=tuple(map(drop_unused, op.bodies)))
+        kept.append(op)
+    return dataclasses.replace(program, ops=tuple(reversed(kept)))

@@ -1,0 +1,430 @@
+"""Partitioning: from a global program and its shardings to the program that every device runs.
+
+One walk over the ops. For each, `choose` picks the split; operands are resharded to what it needs,
+padding under reductions is masked, the op is emitted on local shapes, and its result stands in the
+sharding that fell out, sums still owed. Resharding is lazy: a value keeps every version that was
+ever made of it, so two uses of one sharding share one collective, and a sum is paid where it is
+cheapest: at a sharded use, as a `reduce_scatter`.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from jax.extend.core import primitives
+
+from gspmd import local
+from gspmd.choose import Choice, Situation, choose, required
+from gspmd.errors import StrictError
+from gspmd.ir import (
+    Cause,
+    Layout,
+    Literal,
+    Op,
+    Operand,
+    Program,
+    Source,
+    Value,
+    values_of,
+)
+from gspmd.reshard import Step, block, permutation, reshard_cost, reshard_steps
+from gspmd.rules import factor_rule
+from gspmd.rules.control import CONTROL, Tie, ties
+from gspmd.rules.factor import REDUCTIONS, RULES, FactorRule, Split
+from gspmd.sharding import Axes, Mesh, Sharding, show_axes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finding:
+    """Something the user should know about a plan: `code` names its kind, `bytes` its cost."""
+
+    code: str
+    message: str
+    source: Source | None = None
+    bytes: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Partitioned:
+    """A local program and what was found while making it."""
+
+    program: Program
+    findings: tuple[Finding, ...]
+
+
+def partition(
+    program: Program, shardings: Mapping[Value, Sharding], mesh: Mesh, *, strict: bool = False
+) -> Partitioned:
+    """The local program of `program`, whose inputs and outputs are split as `shardings` say.
+
+    Raises:
+      StrictError: with `strict`, when an op can only run gathered.
+    """
+    state = _Partitioner(shardings, mesh, _count_uses(program), itertools.count(_next_id(program)))
+    ins = tuple(state.local_value(v, shardings[v]) for v in program.ins)
+    outs = tuple(shardings[x] if isinstance(x, Value) else None for x in program.outs)
+    made = _Scope(state).run(program, ins, outs, [f"output {i}" for i in range(len(outs))])
+    findings = tuple(dict.fromkeys(state.findings))
+    if strict and findings:
+        lines = "".join(f"\n  {f.message}" for f in findings)
+        raise StrictError(
+            f"strict=True, but {len(findings)} ops can only run on gathered operands:{lines}\n"
+            "Leave these dims unsplit, register a rule (gspmd.register_rule), or drop strict."
+        )
+    return Partitioned(made, findings)
+
+
+def _next_id(program: Program) -> int:
+    top = 0
+    stack = [program]
+    while stack:
+        p = stack.pop()
+        for value in (*p.ins, *(v for v, _ in p.consts), *(v for op in p.ops for v in op.outs)):
+            top = max(top, value.id)
+        stack += [body for op in p.ops for body in op.bodies]
+    return top + 1
+
+
+def _count_uses(program: Program) -> collections.Counter[Value]:
+    uses: collections.Counter[Value] = collections.Counter()
+    stack = [program]
+    while stack:
+        p = stack.pop()
+        uses.update(values_of(p.outs))
+        for op in p.ops:
+            uses.update(values_of(op.ins))
+            stack += op.bodies
+    return uses
+
+
+@dataclasses.dataclass
+class _Partitioner:
+    """What all scopes share."""
+
+    shardings: Mapping[Value, Sharding]
+    mesh: Mesh
+    uses: collections.Counter[Value]
+    ids: "itertools.count[int]"
+    findings: list[Finding] = dataclasses.field(default_factory=list[Finding])
+
+    def local_value(self, value: Value, sharding: Sharding) -> Value:
+        """A new local value: the shard of `value` under `sharding`."""
+        return Value(
+            next(self.ids),
+            sharding.local_shape(value.shape, self.mesh),
+            value.dtype,
+            value.name,
+            Layout(value.shape, sharding),
+        )
+
+
+class _Scope:
+    """One program or body being partitioned."""
+
+    def __init__(self, state: _Partitioner) -> None:
+        self.state = state
+        self.mesh = state.mesh
+        self.ops: list[Op] = []
+        self.versions: dict[Value, dict[Sharding, Value]] = {}
+        self.recipes: dict[Value, tuple[Op, FactorRule]] = {}
+        self.masked: dict[tuple[Value, int, str], Value] = {}
+
+    def run(
+        self,
+        program: Program,
+        ins: Sequence[Value],
+        outs: Sequence[Sharding | None],
+        roles: Sequence[str],
+        consumer: Op | None = None,
+    ) -> Program:
+        """Partitions `program`, given its local inputs and the shardings its outputs must have."""
+        for value, mine in zip(program.ins, ins, strict=True):
+            assert mine.layout is not None
+            self.versions[value] = {mine.layout.sharding: mine}
+        consts: list[tuple[Value, Any]] = []
+        for value, array in program.consts:
+            whole = Sharding.replicated(len(value.shape))
+            mine = self.state.local_value(value, whole)
+            self.versions[value] = {whole: mine}
+            consts.append((mine, array))
+        for op in program.ops:
+            self.visit(op)
+        results = tuple(
+            x
+            if isinstance(x, Literal)
+            else self.want(x, sharding or Sharding.replicated(0), consumer, role)
+            for x, sharding, role in zip(program.outs, outs, roles, strict=True)
+        )
+        return Program(tuple(ins), tuple(self.ops), results, tuple(consts))
+
+    def visit(self, op: Op) -> None:
+        """Emits the local form of one op."""
+        if op.name in CONTROL:
+            self._control(op)
+            return
+        if op.name == "constraint":
+            (x,), (out,) = op.ins, op.outs
+            if isinstance(x, Value):
+                goal = self.state.shardings[out]
+                self.versions[out] = {goal: self.want(x, goal, op, "the annotation")}
+                return
+        rule = factor_rule(op)
+        if rule.free and len(op.outs) == 1 and op.name in RULES:
+            self.versions[op.outs[0]] = {}
+            self.recipes[op.outs[0]] = (op, rule)
+            return
+        choice = choose(self._situation(op, rule))
+        self._report(op, rule, choice)
+        self._emit(op, rule, choice)
+
+    def _situation(self, op: Op, rule: FactorRule) -> Situation:
+        state = self.state
+        return Situation(
+            rule,
+            tuple((x.shape, x.dtype) for x in op.ins),
+            tuple((x.shape, x.dtype) for x in op.outs),
+            tuple(tuple(self.versions[x]) if isinstance(x, Value) else () for x in op.ins),
+            tuple(state.shardings[x] for x in op.outs),
+            tuple(isinstance(x, Value) and state.uses[x] == 1 for x in op.ins),
+            self.mesh,
+        )
+
+    def _emit(self, op: Op, rule: FactorRule, choice: Choice) -> None:
+        ins: list[Operand] = []
+        for i, (x, needs) in enumerate(zip(op.ins, choice.ins, strict=True)):
+            mine = self.want(x, needs, op, f"operand {i}")
+            if rule.masked and isinstance(mine, Value):
+                mine = self._mask(op, rule, choice, i, mine)
+            ins.append(mine)
+        outs = [
+            self.state.local_value(x, made) for x, made in zip(op.outs, choice.outs, strict=True)
+        ]
+        split = Split(
+            self.mesh,
+            choice.axes,
+            choice.ins,
+            choice.outs,
+            tuple(x.shape for x in ins),
+            tuple(x.shape for x in outs),
+        )
+        params, call = op.params, op.call
+        op_rule = RULES.get(op.name)
+        if op_rule is not None and any(choice.axes):
+            if op_rule.params is not None:
+                params = MappingProxyType({**op.params, **op_rule.params(op, split)})
+            if op_rule.call is not None:
+                call = op_rule.call(op, split)
+        self.ops.append(
+            Op(op.name, tuple(ins), tuple(outs), params, source=op.source, call=call)
+        )
+        for x, made, mine in zip(op.outs, choice.outs, outs, strict=True):
+            self.versions[x] = {made: mine}
+
+    def _mask(self, op: Op, rule: FactorRule, choice: Choice, i: int, x: Value) -> Value:
+        """Neutralizes the padding of `x` in the dims that `op` reduces."""
+        for dim, factors in enumerate(rule.ins[i]):
+            n = op.ins[i].shape[dim]
+            for f in factors:
+                axes, kind = choice.axes[f], rule.kinds[f]
+                if not axes or kind not in REDUCTIONS or n % self.mesh.size(axes) == 0:
+                    continue
+                if (x, dim, kind) not in self.masked:
+                    out = dataclasses.replace(x, id=next(self.state.ids), name="")
+                    params = {"axes": axes, "dim": dim, "size": n, "reduction": kind}
+                    self._local_op("mask", local.mask, x, out, params, op.source, None)
+                    self.masked[x, dim, kind] = out
+                x = self.masked[x, dim, kind]
+        return x
+
+    def want(self, x: Operand, needs: Sharding, consumer: Op | None, role: str) -> Any:
+        """The local value of `x` under `needs`; emits what it takes to get there."""
+        if isinstance(x, Literal):
+            return x
+        versions = self.versions[x]
+        if needs in versions:
+            return versions[needs]
+        if x in self.recipes:
+            self._make(x, needs)
+            versions = self.versions[x]
+            if needs in versions:
+                return versions[needs]
+        plans = [
+            reshard_steps(x.shape, x.dtype, self.mesh, src, needs)
+            for src in versions
+            if set(needs.partial) <= set(src.partial)
+        ]
+        plan = min(plans, key=lambda p: (p.wire_bytes, len(p.steps)))
+        for step in plan.steps:
+            if step.dst in versions:
+                continue
+            cause = Cause(x, step.src, needs, consumer, role)
+            versions[step.dst] = self._step(x, versions[step.src], step, cause)
+        return versions[needs]
+
+    def _make(self, x: Value, needs: Sharding) -> None:
+        """Makes a free value (zeros, iota, random bits) anew, split as `needs` says if it can be."""
+        op, rule = self.recipes[x]
+        axes: list[Axes] = [()] * len(rule.sizes)
+        for factors, wanted in zip(rule.outs[0], needs.dims, strict=True):
+            if len(factors) == 1 and rule.kinds[factors[0]] != "whole":
+                axes[factors[0]] = wanted
+        made = Sharding(required(rule.outs[0], tuple(axes)))
+        kept = dict(self.versions[x])
+        if made in kept:
+            return
+        ins = tuple(Sharding.replicated(len(y.shape)) for y in op.ins)
+        self._emit(op, rule, Choice(tuple(axes), ins, (made,), 0.0))
+        self.versions[x] = {**kept, **self.versions[x]}
+
+    def _step(self, value: Value, x: Value, step: Step, cause: Cause) -> Value:
+        """Emits one step of a reshard, with the padding before it and the trimming after it."""
+        mesh, shape = self.mesh, value.shape
+        source = cause.consumer.source if cause.consumer is not None else None
+        out = dataclasses.replace(self.state.local_value(value, step.dst), name="")
+        axes, dim = step.axes, step.dim
+        k = mesh.size(axes)
+        if step.kind == "slice":
+            params = {"axes": axes, "dim": dim, "size": x.shape[dim]}
+            self._local_op("shard", local.shard, x, out, params, source, cause)
+            return out
+        params: dict[str, Any] = {"axes": axes}
+        if step.kind == "collective_permute":
+            src, dst = permutation(step)
+            params = {"src": src, "dst": dst}
+        elif step.kind == "all_gather":
+            params["dim"] = dim
+        elif step.kind == "all_reduce":
+            params["reduction"] = step.src.reduction
+        elif step.kind == "reduce_scatter":
+            params |= {"dim": dim, "reduction": step.src.reduction}
+            x = self._pad(x, dim, out.shape[dim] * k, source, cause)
+        else:
+            params |= {"split_dim": dim, "concat_dim": step.from_dim}
+            x = self._pad(x, dim, out.shape[dim] * k, source, cause)
+        grown = {"all_gather": dim, "all_to_all": step.from_dim}.get(step.kind)
+        raw = out
+        if grown is not None:
+            padded = x.shape[grown] * k
+            if padded != out.shape[grown]:
+                local_shape = (*out.shape[:grown], padded, *out.shape[grown + 1 :])
+                raw = Value(next(self.state.ids), local_shape, value.dtype)
+        self._local_op(step.kind, None, x, raw, params, source, cause)
+        if raw is not out:
+            limits = {
+                "start_indices": (0,) * len(shape),
+                "limit_indices": out.shape,
+                "strides": None,
+            }
+            self._local_op("slice", primitives.slice_p.bind, raw, out, limits, source, cause)
+        return out
+
+    def _pad(self, x: Value, dim: int, size: int, source: Source | None, cause: Cause) -> Value:
+        if x.shape[dim] == size:
+            return x
+        shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
+        out = Value(next(self.state.ids), shape, x.dtype)
+        params = {"dim": dim, "size": size}
+        self._local_op("pad_to", local.pad_to, x, out, params, source, cause)
+        return out
+
+    def _local_op(
+        self,
+        name: str,
+        call: Any,
+        x: Value,
+        out: Value,
+        params: dict[str, Any],
+        source: Source | None,
+        cause: Cause | None,
+    ) -> None:
+        self.ops.append(
+            Op(name, (x,), (out,), MappingProxyType(params), source=source, call=call, cause=cause)
+        )
+
+    def _control(self, op: Op) -> None:
+        """Partitions an op with bodies: all values of a tie get one sharding, the rest is whole."""
+        whole = Sharding.replicated
+        operands = [whole(len(x.shape)) for x in op.ins]
+        inputs = [[whole(len(x.shape)) for x in body.ins] for body in op.bodies]
+        outputs = [[whole(len(x.shape)) for x in body.outs] for body in op.bodies]
+        results = [whole(len(x.shape)) for x in op.outs]
+        roles = [[f"{op.name}'s condition"] * len(body.outs) for body in op.bodies]
+        for tie in ties(op):
+            dims = self._tied(op, tie)
+            outer = Sharding(((),) * tie.lead + dims)
+            for b, i in tie.inputs:
+                inputs[b][i] = Sharding(dims)
+            for b, i in tie.outputs:
+                outputs[b][i] = Sharding(dims)
+                roles[b][i] = f"{op.name} {tie.role}"
+            if tie.operand is not None:
+                operands[tie.operand] = outer
+            if tie.result is not None:
+                results[tie.result] = outer
+        ins = [
+            self.want(x, goal, op, f"operand {i}")
+            for i, (x, goal) in enumerate(zip(op.ins, operands, strict=True))
+        ]
+        bodies = tuple(
+            _Scope(self.state).run(
+                body,
+                [self.state.local_value(v, s) for v, s in zip(body.ins, inputs[b], strict=True)],
+                outputs[b],
+                roles[b],
+                op,
+            )
+            for b, body in enumerate(op.bodies)
+        )
+        outs = tuple(
+            self.state.local_value(v, s) for v, s in zip(op.outs, results, strict=True)
+        )
+        self.ops.append(Op(op.name, tuple(ins), outs, op.params, bodies, op.source, op.call))
+        for value, sharding, mine in zip(op.outs, results, outs, strict=True):
+            self.versions[value] = {sharding: mine}
+
+    def _tied(self, op: Op, tie: Tie) -> tuple[Axes, ...]:
+        """The split that the values of a tie agree on, without the leading dims outside the bodies."""
+        shardings = self.state.shardings
+        if tie.inputs:
+            body, i = tie.inputs[0]
+            return shardings[op.bodies[body].ins[i]].dims
+        assert tie.result is not None
+        return shardings[op.outs[tie.result]].dims[tie.lead :]
+
+    def _report(self, op: Op, rule: FactorRule, choice: Choice) -> None:
+        """Records a finding where `op` makes its operands whole for want of a better strategy."""
+        known = op.name in RULES
+        moved = 0.0
+        axes: dict[str, None] = {}
+        for x, dims, needs in zip(op.ins, rule.ins, choice.ins, strict=True):
+            if not isinstance(x, Value) or not self.versions[x]:
+                continue
+            for have in self.versions[x]:
+                lost = [
+                    axis
+                    for factors, held in zip(dims, have.dims, strict=True)
+                    for axis in held
+                    if any(rule.kinds[f] == "whole" for f in factors)
+                ]
+                axes.update(dict.fromkeys(lost))
+            if axes:
+                moved += min(
+                    reshard_cost(x.shape, x.dtype, self.mesh, have, needs)
+                    for have in self.versions[x]
+                )
+        if known and not moved:
+            return
+        where = f" at {op.source}" if op.source else ""
+        split = f" over {show_axes(tuple(axes))}" if axes else ""
+        if known:
+            code, why = "gathered", f"{op.name}{where} needs a dim whole that is split{split}"
+        else:
+            code, why = "no-rule", f"{op.name}{where} has no factor rule, so it runs replicated"
+        message = f"{why}: {moved:,.0f} bytes per device gathered"
+        self.state.findings.append(Finding(code, message, op.source, moved))

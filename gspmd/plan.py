@@ -1,0 +1,432 @@
+"""Plan: everything that compilation produced, to print, explain, simulate, run and compile."""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import networkx as nx
+import numpy as np
+from jax import tree_util
+from jax.sharding import PartitionSpec as P
+
+from gspmd import explain, run
+from gspmd.arguments import function_name, positions
+from gspmd.collectives import wire_bytes
+from gspmd.errors import ArgumentError, GspmdError, SpecError
+from gspmd.ir import COLLECTIVES, Op, Program, Value, verify
+from gspmd.optimize import optimize
+from gspmd.partition import Finding, partition
+from gspmd.printing import show
+from gspmd.propagate import Propagated, propagate
+from gspmd.sharding import Axes, Constraint, Mesh, Sharding, itemsize, merge_sub_axes, root_axis, show_axes
+from gspmd.specs import AnyMesh, Rules, check_rules, nearest, read_mesh, resolve, spec_tree, to_spec
+from gspmd.trace import Traced, trace
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Collective:
+    """One collective of a local program.
+
+    `bytes` is the size of a device's operand, `wire_bytes` what it sends when the collective runs
+    once; it runs `trips` times a call (-1: inside a loop without a bound). `source` is the user's
+    line, `phase` the part of a training step; `why` tells which shardings met there, and whose they
+    are.
+    """
+
+    number: int
+    kind: str
+    axes: Axes
+    bytes: float
+    wire_bytes: float
+    trips: int
+    source: str
+    phase: str
+    type: str
+    why: str
+
+    def __str__(self) -> str:
+        times = "unbounded" if self.trips < 0 else f"{self.trips} x"
+        return (
+            f"#{self.number} {self.kind}[{show_axes(self.axes)}] {self.type}: "
+            f"{times} {self.wire_bytes:,.0f} B, {self.phase}, {self.source}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A partitioned program with the way it came about.
+
+    `program` is the local program, `model` the global one it came from, both on `mesh`, which is the
+    user's mesh with an axis cut into sub-axes where a reshape asked for it. `seconds` says how long
+    each pass took.
+    """
+
+    program: Program
+    model: Program
+    mesh: Mesh
+    user_mesh: Mesh
+    devices: jax.sharding.Mesh | None
+    propagated: Propagated
+    findings: tuple[Finding, ...]
+    traced: Traced
+    name: str
+    static: tuple[int, ...]
+    seconds: Mapping[str, float] = dataclasses.field(compare=False)
+
+    def __str__(self) -> str:
+        return f"# {self.name} on {self.user_mesh}\n{show(self.program)}"
+
+    def __repr__(self) -> str:
+        return f"<Plan of {self.name} on {self.user_mesh}: {len(self.collectives)} collectives>"
+
+    @functools.cached_property
+    def collectives(self) -> tuple[Collective, ...]:
+        """The collectives in program order, loop bodies included."""
+        return tuple(
+            self._collective(i, op, trips)
+            for i, (op, trips) in enumerate(self._collective_ops, start=1)
+        )
+
+    @functools.cached_property
+    def _collective_ops(self) -> tuple[tuple[Op, int], ...]:
+        return tuple((op, n) for op, n in self.program.walk() if op.name in COLLECTIVES)
+
+    def _collective(self, number: int, op: Op, trips: int) -> Collective:
+        axes: Axes = op.params["axes"] if "axes" in op.params else op.params["src"]
+        operand = sum(math.prod(x.shape) * itemsize(x.dtype) for x in op.ins)
+        return Collective(
+            number=number,
+            kind=op.name,
+            axes=axes,
+            bytes=operand,
+            wire_bytes=wire_bytes(op.name, self.mesh.size(axes), operand),
+            trips=trips,
+            source=str(op.source) if op.source else "(boundary)",
+            phase=op.source.phase if op.source else "boundary",
+            type=", ".join(x.type for x in op.outs),
+            why=explain.why_collective(op, self._context),
+        )
+
+    @functools.cached_property
+    def _context(self) -> explain.Context:
+        return explain.Context.of(self.model, self.propagated)
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that one device sends in one call; an unbounded loop counts as one trip."""
+        return sum(c.wire_bytes * abs(c.trips) for c in self.collectives)
+
+    @property
+    def in_specs(self) -> Any:
+        """Pytree of PartitionSpec, like the arguments."""
+        specs = [self._spec(v) for v in self.program.ins]
+        args, kwargs = tree_util.tree_unflatten(self.traced.in_tree, specs)
+        return (args, kwargs) if kwargs else args
+
+    @property
+    def out_specs(self) -> Any:
+        """Pytree of PartitionSpec, like the results."""
+        specs = [self._spec(x) for x in self.program.outs if isinstance(x, Value)]
+        return tree_util.tree_unflatten(self.traced.out_tree, specs)
+
+    def _spec(self, value: Value) -> P:
+        assert value.layout is not None
+        return to_spec(value.layout.sharding.dims, self.mesh)
+
+    def why(self, x: int | str) -> str:
+        """Why a collective exists, or why a value is split as it is.
+
+        Args:
+          x: a collective's number as printed, a "file:line", or a pytree path ("params/mlp/wi").
+        """
+        if isinstance(x, int):
+            if not 1 <= x <= len(self.collectives):
+                raise GspmdError(
+                    f"there is no collective #{x}: this plan has {len(self.collectives)}, numbered "
+                    "from 1 as print(plan) shows them."
+                )
+            one = self.collectives[x - 1]
+            return f"{one}\n{one.why}"
+        if re.search(r":\d+$", x):
+            here = [c for c in self.collectives if _same_line(c.source, x)]
+            if here:
+                return "\n\n".join(f"{c}\n{c.why}" for c in here)
+            values = self._at_line(x)
+            if not values:
+                raise GspmdError(f"no op of this plan comes from {x!r}; print(plan) lists the lines.")
+            return "\n".join(explain.why_value(v, self._context) for v in values)
+        return explain.why_value(self._find(x), self._context)
+
+    def sharding(self, name: str) -> P:
+        """The sharding of an input or output (pytree path), a `checkpoint_name`, or a "file:line"."""
+        value = self._find(name)
+        return P(*(_entry(axes) for axes in self.propagated.shardings[value].dims))
+
+    def _at_line(self, line: str) -> list[Value]:
+        return [
+            out
+            for op, _ in self.model.walk()
+            if op.source is not None and _same_line(str(op.source), line)
+            for out in op.outs
+        ]
+
+    def _find(self, name: str) -> Value:
+        named = self._context.named
+        if name in named:
+            return named[name]
+        at_line = self._at_line(name) if re.search(r":\d+$", name) else []
+        if at_line:
+            return at_line[-1]
+        raise GspmdError(
+            f"this plan has no value named {name!r}{nearest(name, named)} Names are pytree paths of "
+            "arguments and results, names given by checkpoint_name, and file:line."
+        )
+
+    def graph(self) -> "nx.DiGraph[str]":
+        """The model as a graph: ops and values, with shardings and collectives as attributes."""
+        return explain.graph(self._context, [op for op, _ in self._collective_ops])
+
+    def simulate(self, *args: Any, **kwargs: Any) -> Any:
+        """The global outputs, computed on one device that plays every device of the mesh at once."""
+        outs = self._simulator(*self._flat(args, kwargs))
+        return tree_util.tree_unflatten(self.traced.out_tree, outs)
+
+    @functools.cached_property
+    def _simulator(self) -> Callable[..., list[jax.Array]]:
+        return run.simulator(self.program, self.mesh)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs, computed on the mesh's devices; arrays sharded as `out_specs` says."""
+        outs = self.executable(*self._flat(args, kwargs))
+        return tree_util.tree_unflatten(self.traced.out_tree, outs)
+
+    @functools.cached_property
+    def executable(self) -> "run.Executable":
+        """Flat arguments to flat results on the mesh's devices; compiled on the first call."""
+        devices = self.devices if self.devices is not None else run.devices_mesh(self.user_mesh)
+        return run.compile_program(self.program, devices, self.mesh, donate=self.traced.donated)
+
+    def compile(
+        self, topology: Any = None, compiler_options: Mapping[str, Any] | None = None
+    ) -> jax.stages.Compiled:
+        """The program compiled ahead of time, for the mesh's devices or those of `topology`.
+
+        `topology` is a `jax.sharding.Mesh`, or a description from `jax.experimental.topologies`.
+        """
+        if topology is None:
+            return self.executable.compile(compiler_options)
+        devices = run.topology_mesh(self.user_mesh, topology)
+        target = run.compile_program(self.program, devices, self.mesh, donate=self.traced.donated)
+        return target.compile(compiler_options)
+
+    def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        dynamic = tuple(x for i, x in enumerate(args) if i not in self.static)
+        flat, tree = tree_util.tree_flatten((dynamic, kwargs))
+        if tree != self.traced.in_tree:
+            raise ArgumentError(
+                f"{self.name} was planned for arguments of structure {self.traced.in_tree}, and is "
+                f"called with {tree}; plan again for these."
+            )
+        for x, value in zip(flat, self.model.ins, strict=True):
+            shape = np.shape(x)
+            if shape != value.shape:
+                raise ArgumentError(
+                    f"{self.name}: argument {value.name} was planned with shape {value.shape}, and "
+                    f"is called with {shape}; plan again for this shape, or call the result of "
+                    "gspmd.partition, which does."
+                )
+        return flat
+
+
+def _entry(axes: Axes) -> Any:
+    merged = merge_sub_axes(axes)
+    return None if not merged else merged[0] if len(merged) == 1 else merged
+
+
+def _same_line(source: str, asked: str) -> bool:
+    return source == asked or source.endswith("/" + asked)
+
+
+def plan(
+    fn: Callable[..., Any],
+    *args: Any,
+    mesh: AnyMesh,
+    in_specs: Any = None,
+    out_specs: Any = None,
+    rules: Rules | None = None,
+    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] = (),
+    strict: bool = False,
+    effort: int = 1,
+    **kwargs: Any,
+) -> Plan:
+    """The plan of `fn(*args)` on `mesh`.
+
+    Args:
+      fn: any function that `jax.jit` takes; it may be jitted already.
+      args, kwargs: arrays or `jax.ShapeDtypeStruct`s, in pytrees.
+      mesh: `jax.sharding.Mesh`, `AbstractMesh`, `{"data": 4}` or `"data=4,model=2"`; the last three
+        need no devices.
+      in_specs: pytree prefix, like `args`, of PartitionSpec, NamedSharding or None (open: the plan
+        chooses).
+      out_specs: the same for the results.
+      rules: mesh axes for logical axis names: `{"batch": "data", "mlp": ("x", "y"), "seq": None}`.
+      donate_argnums: arguments whose memory the results may take.
+      static_argnums: arguments that are constants of the plan.
+      strict: refuse ops that can only run on gathered operands.
+      effort: 0 to 2, how long to look for a cheaper plan.
+
+    Raises:
+      SpecError: a spec, annotation or rule does not fit.
+      TraceError: `fn` cannot be traced.
+      StrictError: see `strict`.
+    """
+    if effort not in (0, 1, 2):
+        raise SpecError(f"effort={effort!r}: it is 0, 1 or 2.")
+    clock = _Clock()
+    logical, devices = read_mesh(mesh)
+    check_rules(rules, logical)
+    traced = trace(
+        fn,
+        args,
+        kwargs,
+        mesh=logical,
+        rules=rules,
+        static_argnums=static_argnums,
+        donate_argnums=donate_argnums,
+    )
+    clock.lap("trace")
+    fixed = _input_constraints(traced, in_specs, logical, rules)
+    model = _with_outputs(traced, out_specs, logical, rules)
+    refined, done = _propagate(model, logical, fixed)
+    clock.lap("propagate")
+    shardings = dict(done.shardings)
+    for value in (*model.ins, *(v for v in model.outs if isinstance(v, Value))):
+        shardings[value] = _at_boundary(shardings[value], refined)
+    done = dataclasses.replace(done, shardings=shardings)
+    parted = partition(model, shardings, refined, strict=strict)
+    clock.lap("partition")
+    program = optimize(verify(parted.program, refined), refined)
+    clock.lap("optimize")
+    static = positions(static_argnums, len(args), "static_argnums", fn)
+    findings = parted.findings + _unbounded(program)
+    return Plan(
+        program=program,
+        model=model,
+        mesh=refined,
+        user_mesh=logical,
+        devices=devices,
+        propagated=done,
+        findings=findings,
+        traced=traced,
+        name=function_name(fn),
+        static=static,
+        seconds=clock.seconds,
+    )
+
+
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def _propagate(
+    model: Program, mesh: Mesh, fixed: Mapping[Value, Constraint]
+) -> tuple[Mesh, Propagated]:
+    """Propagates, refining the mesh until no reshape asks for a part of an axis any more."""
+    while True:
+        done = propagate(model, mesh, fixed)
+        if not done.refinements:
+            return mesh, done
+        axis, major = done.refinements[0]
+        mesh = mesh.refine(axis, major)
+
+
+def _input_constraints(
+    traced: Traced, in_specs: Any, mesh: Mesh, rules: Rules | None
+) -> dict[Value, Constraint]:
+    """What is fixed of the inputs: the caller's specs, else what the arguments themselves say."""
+    args, kwargs = tree_util.tree_unflatten(traced.in_tree, traced.program.ins)
+    specs = spec_tree(in_specs, args, "in_specs", traced.parameters)
+    specs += [None] * len(tree_util.tree_leaves(kwargs))
+    fixed: dict[Value, Constraint] = {}
+    for value, spec, own in zip(traced.program.ins, specs, traced.in_constraints, strict=True):
+        given = resolve(spec, len(value.shape), mesh, rules, f"in_specs for {value.name}")
+        constraint = given if given is not None else own
+        if constraint is not None:
+            fixed[value] = constraint
+    return fixed
+
+
+def _with_outputs(traced: Traced, out_specs: Any, mesh: Mesh, rules: Rules | None) -> Program:
+    """The program with a `constraint` op for each output, open where nobody fixed it."""
+    program = traced.program
+    specs = spec_tree(out_specs, traced.out_tree, "out_specs")
+    ids = max((v.id for v in _all_values(program)), default=0)
+    ops: list[Op] = []
+    outs: list[Value] = []
+    rows = zip(program.outs, specs, traced.out_constraints, traced.out_names, strict=True)
+    for i, (x, spec, own, name) in enumerate(rows):
+        rank = len(x.shape)
+        given = resolve(spec, rank, mesh, rules, f"out_specs for {name}")
+        dims = given if given is not None else own if own is not None else (None,) * rank
+        out = Value(ids + 1 + i, x.shape, x.dtype, name)
+        params = {"dims": dims, "label": f"the spec of output {name}"}
+        ops.append(Op("constraint", (x,), (out,), params, call=_identity))
+        outs.append(out)
+    return dataclasses.replace(program, ops=(*program.ops, *ops), outs=tuple(outs))
+
+
+def _identity(x: Any, **_: Any) -> Any:
+    return x
+
+
+def _all_values(program: Program) -> list[Value]:
+    values = [*program.ins, *(v for v, _ in program.consts)]
+    for op in program.ops:
+        values += op.outs
+        for body in op.bodies:
+            values += _all_values(body)
+    return values
+
+
+def _at_boundary(sharding: Sharding, mesh: Mesh) -> Sharding:
+    """`sharding` without the sub-axes that a PartitionSpec cannot name: parts of a user's axis."""
+    dims: list[Axes] = []
+    for axes in sharding.dims:
+        kept: list[str] = []
+        i = 0
+        while i < len(axes):
+            group = mesh.sub_axes(root_axis(axes[i]))
+            if axes[i : i + len(group)] != group:
+                break
+            kept += group
+            i += len(group)
+        dims.append(tuple(kept))
+    return Sharding(tuple(dims))
+
+
+def _unbounded(program: Program) -> tuple[Finding, ...]:
+    return tuple(
+        Finding(
+            "unbounded-loop",
+            f"{op.name} at {op.source} has no trip count: its bytes count once",
+            op.source,
+        )
+        for op, trips in program.walk()
+        if trips < 0 and op.name in COLLECTIVES
+    )
+

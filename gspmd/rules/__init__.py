@@ -1,0 +1,18 @@
+"""The table of factor rules: what each primitive *is*, from which all passes know what to do."""
+
+from gspmd.ir import Op
+from gspmd.rules import contract, index, linalg, order, pointwise, random, reduce, shape
+from gspmd.rules.factor import RULES, FactorRule, OpRule, gathered
+
+FAMILIES = (pointwise, contract, reduce, shape, index, random, order, linalg)
+
+
+def op_rule(op: Op) -> OpRule | None:
+    """What the table holds for `op`, or None if nobody has told it."""
+    return RULES.get(op.name)
+
+
+def factor_rule(op: Op) -> FactorRule:
+    """How the dims of `op` correspond; all whole if the table holds nothing for it."""
+    known = RULES.get(op.name)
+    return gathered(op) if known is None else known.factors(op)

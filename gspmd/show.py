@@ -1,0 +1,200 @@
+"""A plan for the eye and for programs: rich renderables and JSON, from the plan alone.
+
+Nothing here prints. Text is never read as markup, since types hold brackets: `f32[8@x,16]`.
+"""
+
+import collections
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from gspmd.plan import Collective, Plan
+from gspmd.sharding import show_axes
+
+UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+HEAD = "bold"
+FAINT = "dim"
+
+
+def show_bytes(count: float) -> str:
+    """`12.6 MB`: three digits, decimal units."""
+    unit = 0
+    while abs(count) >= 999.5 and unit < len(UNITS) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.3g} {UNITS[unit]}"
+
+
+def runs(collective: Collective) -> int:
+    """How often `collective` runs in a call; once where a loop without a bound hides the number."""
+    return max(collective.trips, 1)
+
+
+def executions(plan: Plan) -> int:
+    """Collectives that one call of the plan executes on each device."""
+    return sum(map(runs, plan.collectives))
+
+
+def by_kind(plan: Plan) -> list[tuple[str, tuple[str, ...], int, float]]:
+    """(kind, axes, executions, wire bytes per device), most wire bytes first."""
+    count: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
+    wire: dict[tuple[str, tuple[str, ...]], float] = collections.defaultdict(float)
+    for c in plan.collectives:
+        count[c.kind, c.axes] += runs(c)
+        wire[c.kind, c.axes] += c.wire_bytes * runs(c)
+    rows = [(kind, axes, n, wire[kind, axes]) for (kind, axes), n in count.items()]
+    return sorted(rows, key=lambda row: (-row[3], row[:2]))
+
+
+def largest(plan: Plan, count: int = 3) -> list[tuple[int, Collective]]:
+    """The numbers and collectives that send the most in a call, largest first."""
+    numbered = list(enumerate(plan.collectives))
+    return sorted(numbered, key=lambda item: -item[1].wire_bytes * runs(item[1]))[:count]
+
+
+def summary(plan: Plan) -> RenderableType:
+    """Mesh, collectives by kind and axis, findings, and who caused the three largest."""
+    parts: list[RenderableType] = [_mesh(plan), Text(), _collectives(plan)]
+    if plan.collectives:
+        parts += [Text(), Text("who caused the largest", HEAD)]
+        parts += [_cause(number, c) for number, c in largest(plan)]
+    if plan.findings:
+        parts += [Text(), Text("findings", HEAD), *_findings(plan)]
+    return Group(*parts)
+
+
+def _mesh(plan: Plan) -> Text:
+    mesh = plan.mesh
+    return Text.assemble(("mesh ", HEAD), f"{mesh} ", (f"({mesh.devices} devices)", FAINT))
+
+
+def _collectives(plan: Plan) -> RenderableType:
+    if not plan.collectives:
+        return Text.assemble(("collectives ", HEAD), "none: nothing is sent")
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style=HEAD)
+    table.add_column("collectives")
+    table.add_column("over")
+    table.add_column("times", justify="right")
+    table.add_column("wire bytes", justify="right")
+    for kind, axes, count, wire in by_kind(plan):
+        table.add_row(Text(kind), Text(show_axes(axes)), f"{count:,}", show_bytes(wire))
+    table.add_row("in all", "", f"{executions(plan):,}", show_bytes(plan.wire_bytes), style=HEAD)
+    return Group(table, Text("per device and call", FAINT))
+
+
+def _cause(number: int, c: Collective) -> RenderableType:
+    times = f"{c.trips} × " if c.trips > 1 else ""
+    loop = " in each turn of a loop without a bound" if c.trips < 0 else ""
+    head = Text.assemble(
+        (f"#{number} ", "cyan"),
+        f"{c.kind} over {show_axes(c.axes)}, {times}{show_bytes(c.wire_bytes)}{loop}",
+        (f"  {c.source}" if c.source else "", FAINT),
+    )
+    return Group(head, Padding(Text(c.why.strip()), (0, 0, 0, 5)))
+
+
+def _findings(plan: Plan) -> list[RenderableType]:
+    # A loop body or a repeated layer finds the same thing many times.
+    counts = collections.Counter((f.code, f.message, str(f.source or "")) for f in plan.findings)
+    return [
+        Text.assemble(
+            (code, "yellow"),
+            f": {message}",
+            (f"  {source}" if source else "", FAINT),
+            f" ({n} times)" if n > 1 else "",
+        )
+        for (code, message, source), n in counts.items()
+    ]
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """What `--json` prints: the summary with every collective, in plain types."""
+    return {
+        "mesh": dict(plan.mesh.axes),
+        "devices": plan.mesh.devices,
+        "wire_bytes": plan.wire_bytes,
+        "executions": executions(plan),
+        "by_kind": [
+            {"kind": kind, "axes": list(axes), "executions": count, "wire_bytes": wire}
+            for kind, axes, count, wire in by_kind(plan)
+        ],
+        "collectives": [_collective_json(i, c) for i, c in enumerate(plan.collectives)],
+        "findings": [
+            {"code": f.code, "message": f.message, "source": str(f.source or "")}
+            for f in plan.findings
+        ],
+    }
+
+
+def _collective_json(number: int, c: Collective) -> dict[str, Any]:
+    return {
+        "number": number,
+        "kind": c.kind,
+        "axes": list(c.axes),
+        "bytes": c.bytes,
+        "wire_bytes": c.wire_bytes,
+        "trips": c.trips,
+        "source": c.source,
+        "why": c.why,
+    }
+
+
+def lines_with(path: Path, *marks: str) -> list[tuple[int, str]]:
+    """The numbers and texts of the lines of a file that hold one of `marks`."""
+    lines = enumerate(path.read_text().splitlines(), 1)
+    return [(i, line.strip()) for i, line in lines if any(mark in line for mark in marks)]
+
+
+# Braille cells are 2 dots wide and 4 high; the bit of each dot, by row and column.
+_DOTS = ((1, 8), (2, 16), (4, 32), (64, 128))
+
+
+def curve(values: Sequence[float], width: int = 64, height: int = 10, plain: bool = False) -> str:
+    """A line chart of `values` in braille, in ASCII if `plain`; "" for fewer than two numbers."""
+    ys = np.array([y for y in values if math.isfinite(y)])
+    if len(ys) < 2:
+        return ""
+    low, high = float(ys.min()), float(ys.max())
+    at = np.interp(np.linspace(0, len(ys) - 1, 2 * width), np.arange(len(ys)), ys)
+    rows = np.rint((high - at) / ((high - low) or 1.0) * (4 * height - 1)).astype(int)
+    cells = np.zeros((height, width), int)
+    for column, (row, before) in enumerate(zip(rows, [rows[0], *rows[:-1]], strict=True)):
+        for dot in range(min(row, before), max(row, before) + 1):
+            cells[dot // 4, column // 2] |= _DOTS[dot % 4][column % 2]
+    labels = {0: f"{high:.3g}", height - 1: f"{low:.3g}"}
+    edge, fill = ("|", _star) if plain else ("│", _braille)
+    lines = [
+        f"{labels.get(i, ''):>8} {edge}{''.join(map(fill, line))}".rstrip()
+        for i, line in enumerate(cells)
+    ]
+    steps = f"step {len(values)}"
+    return "\n".join([*lines, " " * 10 + "1" + steps.rjust(width - 1)])
+
+
+def _braille(bits: int) -> str:
+    return chr(0x2800 + int(bits))
+
+
+def _star(bits: int) -> str:
+    return "*" if bits else " "
+
+
+def save_curve(path: Path, curves: Mapping[str, Iterable[float]]) -> None:
+    """Draws the losses by step as an image; the format follows the name of `path`."""
+    from matplotlib.figure import Figure  # the extra `plot`; pyplot would keep global state
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for label, values in curves.items():
+        losses = list(values)
+        axes.plot(range(1, len(losses) + 1), losses, label=label)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)

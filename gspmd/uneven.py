@@ -1,0 +1,170 @@
+"""Uneven: an array split over devices that do not divide it, as `jax.Array` cannot be.
+
+A dim of 7 split 4 ways is held as 2, 2, 2 and 1 (plus one entry of padding). `jax.Array` has no
+such sharding, so a partitioned function hands these out, and takes them back as they are: a
+parameter with an uneven dim stays split from step to step, and nothing is gathered in between.
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import Mesh as DeviceMesh
+from jax.sharding import PartitionSpec as P
+
+from gspmd.sharding import Sharding, show_type
+
+
+class Uneven:
+    """An array of logical `shape` whose shards, padding included, are those of `padded`.
+
+    It acts as the array of its logical shape: `np.asarray(u)`, `jnp.asarray(u)`, `u + 1`, `u[3:]`,
+    `u.sum()`, `pickle.dumps(u)` (which stores a numpy array). All but the first gather the uneven
+    dims, and so must a use inside `jax.jit`, to which it is passed as `jnp.asarray(u)`.
+    """
+
+    __slots__ = ("padded", "shape")
+    __hash__ = None  # type: ignore[assignment]  # `==` compares entries, as for any array
+    __array_priority__ = 200  # numpy arrays on the left leave the arithmetic to us, as to jax.Array
+
+    padded: jax.Array
+    shape: tuple[int, ...]
+
+    def __init__(self, padded: jax.Array, shape: tuple[int, ...]) -> None:
+        self.padded = padded
+        self.shape = tuple(shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.padded.dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """The mesh and the spec. What lies where is `addressable_shards`."""
+        assert isinstance(self.padded.sharding, NamedSharding)
+        return self.padded.sharding
+
+    @property
+    def spec(self) -> P:
+        return self.sharding.spec
+
+    @property
+    def addressable_shards(self) -> tuple[tuple[jax.Device, tuple[slice, ...], jax.Array], ...]:
+        """Per device of this process: the device, which part of the array it holds, and that part."""
+        shards: list[tuple[jax.Device, tuple[slice, ...], jax.Array]] = []
+        for shard in self.padded.addressable_shards:
+            index = tuple(
+                slice(*part.indices(n)) for part, n in zip(shard.index, self.shape, strict=True)
+            )
+            held = tuple(slice(max(part.stop - part.start, 0)) for part in index)
+            shards.append((shard.device, index, shard.data[held]))
+        return tuple(shards)
+
+    def block_until_ready(self) -> "Uneven":
+        self.padded.block_until_ready()
+        return self
+
+    def is_deleted(self) -> bool:
+        return self.padded.is_deleted()
+
+    def delete(self) -> None:
+        self.padded.delete()
+
+    def copy_to_host_async(self) -> None:
+        self.padded.copy_to_host_async()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        whole = np.asarray(self.padded)[tuple(slice(n) for n in self.shape)]
+        return np.array(whole, dtype=dtype, copy=copy)
+
+    def __jax_array__(self) -> jax.Array:
+        """The ordinary array: its uneven dims are gathered, the others stay split."""
+        return _whole(self.padded.sharding, self.shape)(on_mesh(self.padded, AxisType.Auto))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # protocols are those that the class defines
+            raise AttributeError(name)
+        return getattr(self.__jax_array__(), name)
+
+    def __len__(self) -> int:
+        return len(self.__jax_array__()) if not self.shape else self.shape[0]
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self.__jax_array__())
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return np.asarray, (np.asarray(self),)
+
+    def __repr__(self) -> str:
+        return f"Uneven({self.type})"
+
+    def __str__(self) -> str:
+        return str(np.asarray(self))
+
+    @property
+    def type(self) -> str:
+        """In the design's notation: `f32[7@x,16]`."""
+        dims = tuple(_axes(entry) for entry in self.spec)
+        whole = ((),) * (self.ndim - len(dims))
+        return show_type(self.shape, self.dtype, Sharding((*dims, *whole)))
+
+
+def on_mesh(x: jax.Array, kind: AxisType) -> jax.Array:
+    """`x`, the same buffers, on its mesh with axes of the given kind."""
+    old = x.sharding
+    assert isinstance(old, NamedSharding) and isinstance(old.mesh, DeviceMesh)
+    mesh = DeviceMesh(old.mesh.devices, old.mesh.axis_names, axis_types=(kind,) * old.mesh.devices.ndim)
+    buffers = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(mesh, old.spec), buffers)
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+@functools.lru_cache(maxsize=256)
+def _whole(sharding: NamedSharding, shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
+    """Cuts the padding off; a dim stays split where its axes divide it."""
+    mesh = sharding.mesh
+    spec = P(*(
+        entry if n % int(np.prod([mesh.shape[axis] for axis in _axes(entry)])) == 0 else None
+        for n, entry in zip(shape, sharding.spec)
+    ))
+    auto = DeviceMesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+    where = tuple(slice(n) for n in shape)
+    return jax.jit(lambda x: x[where], out_shardings=NamedSharding(auto, spec))
+
+
+def _method(name: str) -> Callable[..., Any]:
+    apply = getattr(operator, name)
+
+    def method(self: Uneven, *others: Any) -> Any:
+        others = tuple(x.__jax_array__() if isinstance(x, Uneven) else x for x in others)
+        return apply(self.__jax_array__(), *others)
+
+    return method
+
+
+def _reflected(name: str) -> Callable[..., Any]:
+    apply = getattr(operator, name)
+    return lambda self, other: apply(other, self.__jax_array__())
+
+

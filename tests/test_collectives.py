@@ -1,0 +1,292 @@
+"""Each collective and each local op: simulated = on devices = what numpy says."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gspmd import collectives, local
+from gspmd.ir import Op, Value
+
+SIZES = {"x": 2, "y": 4}
+GROUPS = [("x",), ("y",), ("x", "y"), ("y", "x")]
+DTYPES = [
+    "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "complex64",
+    "int32", "int8", "uint8", "uint32", "int4", "uint4", "bool",
+]  # fmt: skip
+Shards = np.ndarray  # [x, y, *local shape]
+
+
+def on_simulated(fn: Callable[..., Any], *args: jax.Array) -> Any:
+    inner = jax.vmap(fn, axis_name="y", axis_size=SIZES["y"])
+    return jax.jit(jax.vmap(inner, axis_name="x", axis_size=SIZES["x"]))(*args)
+
+
+def on_devices(fn: Callable[..., Any], *args: jax.Array) -> Any:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("x", "y"))
+
+    def body(*args: jax.Array) -> Any:
+        results = fn(*(x[0, 0] for x in args))
+        return jax.tree.map(lambda x: x[None, None], results)
+
+    spec = P("x", "y")
+    run = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.jit(run)(*args)
+
+
+RUNNERS: dict[collectives.Target, Any] = {"simulated": on_simulated, "devices": on_devices}
+
+
+def numbers(dtype: Any, *shape: int, seed: int = 0) -> jax.Array:
+    """Small integers, so that every sum is exact in every dtype."""
+    drawn = np.random.default_rng(seed).integers(0, 2, (2, 4, *shape))
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.asarray(drawn + 1j * np.roll(drawn, 1), dtype)
+    return jnp.asarray(drawn).astype(dtype)
+
+
+def plain(x: Any) -> np.ndarray:
+    """Something numpy computes with, exactly."""
+    if local.is_key(x.dtype):
+        return np.asarray(jax.random.key_data(x))
+    return np.asarray(x.astype(jnp.complex64))
+
+
+def groups(shards: Shards, axes: tuple[str, ...]) -> list[tuple[list[tuple[int, int]], Any]]:
+    """For each group along `axes`: its devices (x, y) in group order, and their shards."""
+    found: list[tuple[list[tuple[int, int]], Any]] = []
+    rest = [axis for axis in SIZES if axis not in axes]
+    for fixed in itertools.product(*(range(SIZES[axis]) for axis in rest)):
+        devices: list[tuple[int, int]] = []
+        for index in itertools.product(*(range(SIZES[axis]) for axis in axes)):
+            at = dict(zip(rest, fixed, strict=True)) | dict(zip(axes, index, strict=True))
+            devices.append((at["x"], at["y"]))
+        found.append((devices, [shards[d] for d in devices]))
+    return found
+
+
+def expected(shards: Shards, axes: tuple[str, ...], each: Callable[[list[Any], int], Any]) -> Any:
+    """`each(shards of the group, my index)` on every device."""
+    out: dict[tuple[int, int], Any] = {}
+    for devices, members in groups(shards, axes):
+        out |= {device: each(members, i) for i, device in enumerate(devices)}
+    rows = [np.stack([out[x, y] for y in range(SIZES["y"])]) for x in range(SIZES["x"])]
+    return np.stack(rows)
+
+
+def check(
+    name: str, params: dict[str, Any], x: jax.Array, want: Any, runner: collectives.Target
+) -> None:
+    op = Op(name, (), (), params)
+    (got,) = RUNNERS[runner](lambda x: collectives.lower(op, [x], runner), x)
+    assert got.dtype == x.dtype
+    assert got.shape == want.shape[: got.ndim]
+    np.testing.assert_array_equal(plain(got), want)
+    group = int(np.prod([SIZES[a] for a in params.get("axes", params.get("src"))]))
+    shape = collectives.result_shape(name, x.shape[2:], group, params)
+    assert got.shape[2:] == shape
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("axes", GROUPS, ids="".join)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_moves_data_in_every_dtype(
+    dtype: str, axes: tuple[str, ...], runner: collectives.Target
+) -> None:
+    x = numbers(dtype, 8, 3)
+    shards = plain(x)
+    n = int(np.prod([SIZES[a] for a in axes]))
+    gathered = expected(shards, axes, lambda xs, _: np.concatenate(xs, 1))
+    check("all_gather", {"axes": axes, "dim": 1}, x, gathered, runner)
+    exchanged = expected(
+        shards, axes, lambda xs, i: np.concatenate([np.split(x, n, 0)[i] for x in xs], 1)
+    )
+    check("all_to_all", {"axes": axes, "split_dim": 0, "concat_dim": 1}, x, exchanged, runner)
+    for dst in itertools.permutations(axes):
+        permuted = np.empty_like(shards)
+        for (to, _), (_, blocks) in zip(groups(shards, dst), groups(shards, axes), strict=True):
+            for device, block in zip(to, blocks, strict=True):
+                permuted[device] = block
+        check("collective_permute", {"src": axes, "dst": dst}, x, permuted, runner)
+
+
+REDUCE: dict[str, Callable[[Any], Any]] = {
+    "sum": lambda xs: np.sum(xs, 0),
+    "prod": lambda xs: np.prod(xs, 0),
+    "max": lambda xs: np.max(xs, 0),
+    "min": lambda xs: np.min(xs, 0),
+    "and": lambda xs: functools.reduce(np.bitwise_and, xs),
+    "or": lambda xs: functools.reduce(np.bitwise_or, xs),
+    "xor": lambda xs: functools.reduce(np.bitwise_xor, xs),
+}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("axes", GROUPS, ids="".join)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reductions_in_every_dtype(
+    dtype: str, axes: tuple[str, ...], runner: collectives.Target
+) -> None:
+    x = numbers(dtype, 8, 3)
+    n = int(np.prod([SIZES[a] for a in axes]))
+    logical = jnp.issubdtype(dtype, jnp.integer) or dtype == "bool"
+    shards = plain(x).real.astype(np.int64) if logical else plain(x)
+    bits = {"int4": 15, "uint4": 15}.get(dtype, 255)
+    for reduction, reduce in REDUCE.items():
+        if reduction in ("and", "or", "xor") and not logical:
+            continue
+        total = expected(shards, axes, lambda xs, _, reduce=reduce: reduce(xs))
+        if dtype == "bool":
+            total = total.astype(bool)
+        elif dtype == "int4":
+            total = ((total & bits) ^ 8) - 8
+        params = {"axes": axes, "reduction": reduction}
+        check("all_reduce", params, x, total, runner)
+        pieces = expected(total, axes, lambda xs, i: np.split(xs[i], n, 0)[i])
+        check("reduce_scatter", {**params, "dim": 0}, x, pieces, runner)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_an_all_reduce_takes_several_operands_of_several_dtypes(runner: collectives.Target) -> None:
+    xs = [numbers("float32", 3), numbers("int32", 2, 2, seed=1), numbers("bool", 5, seed=2)]
+    op = Op("all_reduce", (), (), {"axes": ("y", "x"), "reduction": "sum"})
+    got = RUNNERS[runner](lambda *xs: collectives.lower(op, xs, runner), *xs)
+    for x, y in zip(xs, got, strict=True):
+        want = np.broadcast_to(plain(x).sum((0, 1)), x.shape)
+        np.testing.assert_array_equal(plain(y), want.astype(bool) if x.dtype == bool else want)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_random_keys_travel_as_their_words(runner: collectives.Target) -> None:
+    keys = jax.random.split(jax.random.key(7), (2, 4, 8))
+    axes = ("x", "y")
+    shards = plain(keys)
+    gathered = expected(shards, axes, lambda xs, _: np.concatenate(xs, 0))
+    check("all_gather", {"axes": axes, "dim": 0}, keys, gathered, runner)
+    params = {"axes": axes, "split_dim": 0, "concat_dim": 0}
+    exchanged = expected(
+        shards, axes, lambda xs, i: np.concatenate([np.split(x, 8, 0)[i] for x in xs])
+    )
+    check("all_to_all", params, keys, exchanged, runner)
+
+    check("collective_permute", {"src": axes, "dst": axes}, keys, shards, runner)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("shape", [(0, 3), (8, 0)])
+def test_a_dim_of_size_zero(shape: tuple[int, int], runner: collectives.Target) -> None:
+    x = jnp.zeros((2, 4, *shape))
+    for name, params in (
+        ("all_gather", {"axes": ("x", "y"), "dim": 0}),
+        ("reduce_scatter", {"axes": ("x", "y"), "dim": 0, "reduction": "sum"}),
+        ("all_reduce", {"axes": ("x", "y"), "reduction": "max"}),
+        ("all_to_all", {"axes": ("x", "y"), "split_dim": 0, "concat_dim": 1}),
+        ("collective_permute", {"src": ("x", "y"), "dst": ("y", "x")}),
+    ):
+        want = np.zeros((2, 4, *collectives.result_shape(name, shape, 8, params)))
+        check(name, params, x, want, runner)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("reduction", ["max", "min"])
+def test_extrema_see_nan_and_are_differentiable(
+    reduction: str, runner: collectives.Target
+) -> None:
+    op = Op("all_reduce", (), (), {"axes": ("y",), "reduction": reduction})
+    extremum = lambda x: collectives.lower(op, [x], runner)[0]  # noqa: E731
+    x = jnp.arange(8.0).reshape(2, 4, 1).at[1].set(3.0)
+    (tangent,) = RUNNERS[runner](
+        lambda x: (jax.jvp(extremum, (x,), (x + 1,))[1],), x
+    )
+    best = 3 if reduction == "max" else 0
+    want = [best + 1, 4]  # the tangent of the chosen one; where all tie, the mean of all
+    np.testing.assert_allclose(np.asarray(tangent)[:, 0, 0], want)
+    poisoned = x.at[0, 1].set(np.nan)
+    assert np.isnan(RUNNERS[runner](extremum, poisoned)[0]).all()
+
+
+def test_wire_bytes_are_those_of_the_design() -> None:
+    operand = 1000.0
+    assert collectives.wire_bytes("all_gather", 4, operand) == 3 / 4 * (4 * operand)
+    assert collectives.wire_bytes("reduce_scatter", 4, operand) == 3 / 4 * operand
+    assert collectives.wire_bytes("all_reduce", 4, operand) == 2 * 3 / 4 * operand
+    assert collectives.wire_bytes("all_to_all", 4, operand) == 3 / 4 * operand
+    assert collectives.wire_bytes("collective_permute", 4, operand) == operand
+    assert all(collectives.wire_bytes(kind, 1, operand) == 0 for kind in collectives.TABLE)
+
+
+def test_a_dim_that_does_not_fall_into_pieces_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dim 0 of \(6, 2\) does not fall into 4 equal pieces"):
+        collectives.result_shape("reduce_scatter", (6, 2), 4, {"dim": 0})
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("axes", GROUPS, ids="".join)
+@pytest.mark.parametrize("size", [16, 11, 3, 0])
+def test_shard_then_gather_is_the_padded_whole(
+    size: int, axes: tuple[str, ...], runner: collectives.Target
+) -> None:
+    n = int(np.prod([SIZES[a] for a in axes]))
+    block = -(-size // n)
+    whole = np.arange(2 * size, dtype=np.float32).reshape(2, size)
+    padded = np.pad(whole, ((0, 0), (0, block * n - size)))
+    x = jnp.broadcast_to(whole, (2, 4, 2, size))
+    got = RUNNERS[runner](lambda x: local.shard(x, axes=axes, dim=1, size=size), x)
+    want = expected(
+        np.broadcast_to(padded, (2, 4, *padded.shape)), axes,
+        lambda xs, i: xs[i][:, i * block : (i + 1) * block],
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(got), want)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("reduction", local.REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_masked_does_not_show_in_the_reduction(
+    dtype: str, reduction: str, runner: collectives.Target
+) -> None:
+    logical = jnp.issubdtype(dtype, jnp.integer) or dtype == "bool"
+    if reduction in ("and", "or", "xor") and not logical:
+        pytest.skip("no bits")
+    x = numbers(dtype, 3, 2)
+    params = {"axes": ("y", "x"), "dim": 0, "size": 19, "reduction": reduction}
+    got = plain(RUNNERS[runner](lambda x: local.mask(x, **params), x))
+    neutral = plain(local.neutral_value(reduction, x.dtype))
+    index = np.arange(8).reshape(4, 2).T
+    position = index[:, :, None] * 3 + np.arange(3)
+    want = np.where(position[..., None] < 19, plain(x), neutral)
+    np.testing.assert_array_equal(got, want)
+    reduce = lambda values: REDUCE[reduction](values)  # noqa: E731
+    values = want[position < 19]
+    masked = want[position >= 19]
+    if logical:
+        values, masked = values.real.astype(np.int64), masked.real.astype(np.int64)
+    assert len(masked)
+    np.testing.assert_array_equal(reduce(np.concatenate([values, masked])), reduce(values))
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("dtype", [*DTYPES, "key"])
+def test_the_sum_of_what_owners_hold_is_one_copy(dtype: str, runner: collectives.Target) -> None:
+    one = jax.random.split(jax.random.key(3), 5) if dtype == "key" else numbers(dtype, 5)[0, 0]
+    x = jnp.broadcast_to(one, (2, 4, 5))
+    op = Op("all_reduce", (), (), {"axes": ("x", "y"), "reduction": "sum"})
+
+    def alone(x: jax.Array) -> Any:
+        return collectives.lower(op, [local.owner(x, axes=("x", "y"))], runner)
+
+    (got,) = RUNNERS[runner](alone, x)
+    assert got.dtype == x.dtype
+    np.testing.assert_array_equal(plain(got), plain(x))
+
+
+def test_results_match_the_values_declared() -> None:
+    """`Value` shapes of a local program are those of `result_shape`."""
+    value = Value(0, (3, 8), np.dtype("float32"))
+    assert collectives.result_shape("all_gather", value.shape, 4, {"dim": 1}) == (3, 32)
