@@ -58,9 +58,7 @@ def lower(op: Op, args: Sequence[jax.Array], target: Target) -> tuple[jax.Array,
     return TABLE[op.name].lower(*args, target=target, **op.params)
 
 
-def _all_gather(
-    x: jax.Array, *, target: Target, axes: Axes, dim: int
-) -> tuple[jax.Array, ...]:
+def _all_gather(x: jax.Array, *, target: Target, axes: Axes, dim: int) -> tuple[jax.Array, ...]:
     x, restore = _as_bytes(x)
     shape = _gathered(x.shape, lax.axis_size(axes), {"dim": dim})
     if 0 in shape:  # XLA refuses to gather along a dim of size 0
@@ -105,24 +103,52 @@ def _all_reduce(
 def _reduce_alone(x: jax.Array, target: Target, axes: Axes, reduction: str) -> jax.Array:
     reduction = _BOOLEAN[reduction] if x.dtype == np.bool_ else reduction
     if reduction in ("max", "min") and not jnp.issubdtype(x.dtype, jnp.complexfloating):
-        return _extremum(x, axes, reduction)
+        return _extremum(x, target, axes, reduction)
     # Neither JAX nor XLA's backends reduce these over a mesh: everyone gathers, then reduces.
     (stacked,) = _all_gather(x[None], target=target, axes=axes, dim=0)
     return _reduce(stacked, 0, reduction)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _extremum(x: jax.Array, axes: Axes, reduction: str) -> jax.Array:
-    return (lax.pmax if reduction == "max" else lax.pmin)(x, axes)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _extremum(x: jax.Array, target: Target, axes: Axes, reduction: str) -> jax.Array:
+    native = functools.partial(lax.pmax if reduction == "max" else lax.pmin, axis_name=axes)
+    if target == "simulated" or not jnp.issubdtype(x.dtype, jnp.floating):
+        return native(x)
+    # XLA's collectives on CPU take a NaN for the smallest and the largest number alike, and so lose
+    # it; whole numbers in the same order have no such hole.
+    ordered = lambda x: _as_float(native(_as_ordered(x, reduction)), x.dtype)  # noqa: E731
+    return lax.platform_dependent(x, cpu=ordered, default=native)
+
+
+def _as_ordered(x: jax.Array, reduction: str) -> jax.Array:
+    """Integers in the order of the floats `x`, with NaN where `reduction` prefers it."""
+    wide = x if x.dtype.itemsize >= 4 else x.astype(np.float32)
+    nan = np.asarray(np.nan if reduction == "max" else -np.nan, wide.dtype)
+    integer = np.int32 if wide.dtype.itemsize == 4 else np.int64
+    return _flip(lax.bitcast_convert_type(jnp.where(jnp.isnan(wide), nan, wide), integer))
+
+
+def _as_float(ordered: jax.Array, dtype: Any) -> jax.Array:
+    wide = np.float32 if ordered.dtype == np.int32 else np.float64
+    return lax.bitcast_convert_type(_flip(ordered), wide).astype(dtype)
+
+
+def _flip(bits: jax.Array) -> jax.Array:
+    """Negative floats are sign and magnitude: their order is that of the inverted magnitude."""
+    return jnp.where(bits < 0, bits ^ np.iinfo(bits.dtype).max, bits)
 
 
 @_extremum.defjvp
 def _extremum_jvp(
-    axes: Axes, reduction: str, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+    target: Target,
+    axes: Axes,
+    reduction: str,
+    primals: tuple[jax.Array],
+    tangents: tuple[jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """Ties share the tangent evenly, as in `jnp.max`; JAX has no rule for `pmax` itself."""
     (x,), (tangent,) = primals, tangents
-    result = _extremum(x, axes, reduction)
+    result = _extremum(x, target, axes, reduction)
     chosen = (x == result).astype(x.dtype)
     return result, lax.psum(chosen * tangent, axes) / lax.psum(chosen, axes)
 

@@ -125,7 +125,10 @@ def _trace_error(fn: Callable[..., Any], error: Exception, sources: Sources) -> 
     source = sources.of_traceback(error.__traceback__)
     where = f" at {source}" if source else ""
     said = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-    advice = next((f"; {text}" for kind, text in _ADVICE if isinstance(error, kind)), "")
+    advice = next((text for kind, text in _ADVICE if isinstance(error, kind)), "")
+    if not advice and "static_argnums" in str(error):  # JAX says so below its first line
+        advice = "name the argument in static_argnums"
+    advice = f"; {advice}" if advice else ""
     return TraceError(f"{function_name(fn)} does not trace{where}: {said}{advice}.")
 
 

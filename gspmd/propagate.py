@@ -138,7 +138,8 @@ class _Propagation:
     def _fix(self, value: Value, constraint: Constraint, origin: Origin) -> None:
         self.closed[value] = tuple(axes is not None for axes in constraint)
         for dim, named in enumerate(constraint):
-            axes = tuple(part for axis in named or () for part in self.mesh.sub_axes(axis))
+            parts = (part for axis in named or () for part in self.mesh.sub_axes(axis))
+            axes = tuple(part for part in parts if self.mesh.size((part,)) > 1)
             if axes:
                 self.dims[value][dim] = axes
                 self.used[value].update(axes)

@@ -1,110 +1,30 @@
-"""Program -> callable: evaluate it op by op, on a simulated mesh or on a mesh of devices.
+"""Program -> callable: on a simulated mesh, on a mesh of devices, or compiled ahead of time.
 
-`evaluate` is the interpreter, for global and local programs alike; it runs under tracing only, so
-that its own speed shows in compile time and never in a step. `simulate` gives the mesh axes their
-names by nested `jax.vmap`, on one device and for any mesh; `gspmd.execute` by `jax.shard_map`.
+Both runners execute the same local program (`evaluate`) and differ in where its axes get their
+names: `simulate` nests one `jax.vmap` per axis on a single device; an `Executable` is a
+`jax.shard_map` over real devices.
 """
 
+import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import Mesh as DeviceMesh
+from jax.sharding import PartitionSpec as P
 
-from gspmd.collectives import Target, is_collective, lower
-from gspmd.ir import Layout, Literal, Op, Operand, Program
+from gspmd.errors import ArgumentError, MeshError
+from gspmd.evaluate import evaluate
+from gspmd.ir import Layout, Literal, Operand, Program, Value
 from gspmd.local import as_words
-from gspmd.sharding import Mesh, Sharding
-from gspmd.uneven import Uneven
-
-
-def evaluate(program: Program, args: Sequence[Any], target: Target) -> list[Any]:
-    """The outputs of `program` on `args`. A local program must run where its axes have names."""
-    values: dict[int, Any] = {v.id: x for v, x in zip(program.ins, args, strict=True)}
-    values.update((v.id, x) for v, x in program.consts)
-
-    def read(operand: Operand) -> Any:
-        if isinstance(operand, Literal):
-            return np.asarray(operand.value, operand.dtype)
-        return values[operand.id]
-
-    for op in program.ops:
-        results = _execute(op, [read(x) for x in op.ins], target)
-        values.update((v.id, x) for v, x in zip(op.outs, results, strict=True))
-    return [read(x) for x in program.outs]
-
-
-def _execute(op: Op, args: list[Any], target: Target) -> Sequence[Any]:
-    if op.bodies:
-        return _CONTROL[op.name](op, args, target)
-    if is_collective(op.name):
-        return lower(op, args, target)
-    assert op.call is not None, f"nothing executes {op.name}"
-    results = op.call(*args, **op.params)
-    return results if isinstance(results, list | tuple) else (results,)
-
-
-def _scan(op: Op, args: list[Any], target: Target) -> Sequence[Any]:
-    (body,) = op.bodies
-    split = op.params["num_consts"], op.params["num_consts"] + op.params["num_carry"]
-    consts, carry, xs = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
-
-    def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        outs = evaluate(body, [*consts, *carry, *xs], target)
-        return outs[: len(carry)], outs[len(carry) :]
-
-    how = {key: op.params[key] for key in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(step, carry, xs, **how)
-    return [*carry, *ys]
-
-
-def _while(op: Op, args: list[Any], target: Target) -> Sequence[Any]:
-    condition, body = op.bodies
-    split = op.params["cond_nconsts"], op.params["cond_nconsts"] + op.params["body_nconsts"]
-    of_condition, of_body, carry = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
-    return lax.while_loop(
-        lambda carry: evaluate(condition, [*of_condition, *carry], target)[0],
-        lambda carry: evaluate(body, [*of_body, *carry], target),
-        carry,
-    )
-
-
-def _cond(op: Op, args: list[Any], target: Target) -> Sequence[Any]:
-    index, *operands = args
-    branches = [functools.partial(_branch, body, target) for body in op.bodies]
-    return lax.switch(index, branches, *operands)
-
-
-def _branch(body: Program, target: Target, *operands: Any) -> list[Any]:
-    return evaluate(body, operands, target)
-
-
-def _remat(op: Op, args: list[Any], target: Target) -> Sequence[Any]:
-    (body,) = op.bodies
-    prevent_cse = op.params.get("prevent_cse", True)
-    kept = prevent_cse if isinstance(prevent_cse, tuple) else (prevent_cse,) * len(args)
-    if op.params.get("differentiated", False) and any(kept):
-        # The backward pass computes `body` a second time; XLA must not merge that with the first.
-        barred = iter(lax.optimization_barrier(list(itertools.compress(args, kept))))
-        args = [next(barred) if keep else x for x, keep in zip(args, kept, strict=True)]
-    run = jax.checkpoint(
-        lambda *xs: evaluate(body, xs, target),
-        prevent_cse=any(kept),
-        policy=op.params.get("policy"),
-    )
-    return run(*args)
-
-
-_CONTROL: dict[str, Callable[[Op, list[Any], Target], Sequence[Any]]] = {
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-    "remat": _remat,
-}
+from gspmd.sharding import Mesh, Sharding, show_type
+from gspmd.specs import to_spec
+from gspmd.uneven import Uneven, on_mesh
 
 
 def simulate(program: Program, mesh: Mesh, args: Sequence[Any]) -> list[jax.Array]:
@@ -142,9 +62,7 @@ def _copies(
     for axis, size in reversed(mesh.axes):
         in_axes = tuple(0 if axis in at.sharding.axes else None for at in layouts)
         run = jax.vmap(run, in_axes, 0, axis_name=axis, axis_size=size)
-    return [
-        _join(x, _layout(out), mesh) for x, out in zip(run(*split), program.outs, strict=True)
-    ]
+    return [_join(x, _layout(out), mesh) for x, out in zip(run(*split), program.outs, strict=True)]
 
 
 def _layout(operand: Operand) -> Layout:
@@ -198,6 +116,260 @@ def _poison(dtype: np.dtype) -> np.ndarray:
 def _on_one_device(x: Any) -> Any:
     if isinstance(x, Uneven):
         return np.asarray(x)
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array) or x.sharding.num_devices == 1:
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array) or not x.committed:
         return x
-    return jax.device_put(x, min(x.sharding.addressable_devices, key=lambda device: device.id))
+    return jax.device_put(x, jax.local_devices()[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Executable:
+    """A local `program` on the `devices` of the user's mesh: flat arguments in, flat results out.
+
+    `mesh` is the program's mesh: the user's, maybe with axes cut into sub-axes. The results are
+    `jax.Array`s on the user's mesh, or `Uneven` where axes do not divide their dim. It compiles
+    once; under `jit`, `grad` and `vmap` it becomes a part of the program being traced.
+    """
+
+    program: Program
+    devices: DeviceMesh
+    mesh: Mesh
+    donate: tuple[bool, ...]
+
+    def __call__(self, *args: Any) -> list[Any]:
+        if any(isinstance(x, jax.core.Tracer) for x in args):
+            return self._trace(args)
+        placed = [self._place(i, x) for i, x in enumerate(args)]
+        outs = self._compiled(*placed)
+        return [
+            x if x.shape == at.shape else Uneven(x, at.shape)
+            for x, at in zip(outs, self._outs, strict=True)
+        ]
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program for XLA; `lower().as_text()` shows it."""
+        run = jax.jit(
+            self._sharded,
+            in_shardings=self.in_shardings,
+            out_shardings=self.out_shardings,
+            donate_argnums=tuple(i for i, donated in enumerate(self.donate) if donated),
+        )
+        avals = [
+            jax.ShapeDtypeStruct(at.sharding.padded_shape(at.shape, self.mesh), value.dtype)
+            for value, at in zip(self.program.ins, self._ins, strict=True)
+        ]
+        with jax.sharding.use_abstract_mesh(self._own.abstract_mesh):
+            return run.lower(*avals)
+
+    def compile(self, compiler_options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
+        """The program compiled for the devices, which need not exist in this process."""
+        if not compiler_options:
+            return self._compiled
+        return self.lower().compile(dict(compiler_options))
+
+    @functools.cached_property
+    def in_shardings(self) -> tuple[NamedSharding, ...]:
+        """Where each argument lies, on the user's mesh; dims are padded to fit."""
+        return tuple(self._sharding(at) for at in self._ins)
+
+    @functools.cached_property
+    def out_shardings(self) -> tuple[NamedSharding, ...]:
+        """Where each result lies, on the user's mesh; dims are padded to fit."""
+        return tuple(self._sharding(at) for at in self._outs)
+
+    @functools.cached_property
+    def _compiled(self) -> jax.stages.Compiled:
+        return self.lower().compile()
+
+    @functools.cached_property
+    def _ins(self) -> tuple[Layout, ...]:
+        return tuple(_layout(value) for value in self.program.ins)
+
+    @functools.cached_property
+    def _outs(self) -> tuple[Layout, ...]:
+        return tuple(_layout(value) for value in self.program.outs)
+
+    @functools.cached_property
+    def _own(self) -> DeviceMesh:
+        """The program's mesh over the user's devices."""
+        sizes = tuple(size for _, size in self.mesh.axes)
+        kinds = (AxisType.Auto,) * len(sizes)
+        return DeviceMesh(self.devices.devices.reshape(sizes), self.mesh.names, axis_types=kinds)
+
+    @functools.cached_property
+    def _boundary(self) -> DeviceMesh:
+        """The user's mesh, as arrays outside of a `shard_map` can lie on it: nothing is Manual."""
+        kinds = tuple(
+            AxisType.Auto if kind == AxisType.Manual else kind for kind in self.devices.axis_types
+        )
+        return DeviceMesh(self.devices.devices, self.devices.axis_names, axis_types=kinds)
+
+    def _sharding(self, at: Layout) -> NamedSharding:
+        return NamedSharding(self._boundary, to_spec(at.sharding.dims, self.mesh))
+
+    @functools.cached_property
+    def _sharded(self) -> Callable[..., tuple[jax.Array, ...]]:
+        def local_program(*shards: jax.Array) -> tuple[jax.Array, ...]:
+            return tuple(evaluate(self.program, shards, "devices"))
+
+        return jax.shard_map(
+            local_program,
+            mesh=self._own,
+            in_specs=tuple(P(*at.sharding.dims) for at in self._ins),
+            out_specs=tuple(P(*at.sharding.dims) for at in self._outs),
+            check_vma=False,
+        )
+
+    def _trace(self, args: Sequence[Any]) -> list[jax.Array]:
+        """The results as tracers: the program as a part of the one that is being traced."""
+        if manual := jax.sharding.get_abstract_mesh().manual_axes:
+            raise MeshError(
+                f"a partitioned function is called inside shard_map over {list(manual)}, where "
+                "arrays are shards; call it outside, on whole arrays."
+            )
+        return self._inline(*(x.padded if isinstance(x, Uneven) else x for x in args))
+
+    @functools.cached_property
+    def _inline(self) -> Callable[..., list[jax.Array]]:
+        """The program on tracers of whole arrays, whatever the axis types of the mesh.
+
+        Uneven dims are padded on the way in, and cut and gathered on the way out: no tracer can
+        have an uneven sharding.
+        """
+
+        def whole(*args: jax.Array) -> list[jax.Array]:
+            with jax.sharding.use_abstract_mesh(self._own.abstract_mesh):
+                shapes = [at.sharding.padded_shape(at.shape, self.mesh) for at in self._ins]
+                outs = self._sharded(*map(_pad, args, shapes))
+                return [
+                    x if x.shape == at.shape else lax.slice(x, (0,) * x.ndim, at.shape)
+                    for x, at in zip(outs, self._outs, strict=True)
+                ]
+
+        even = [
+            NamedSharding(self._boundary, to_spec(_even(at, self.mesh).dims, self.mesh))
+            for at in self._outs
+        ]
+        names = self.devices.axis_names
+        return jax.jit(jax.sharding.auto_axes(whole, axes=names, out_sharding=even))
+
+    def _place(self, i: int, x: Any) -> jax.Array:
+        """Argument `i` as it must lie, without a copy if it lies so already."""
+        value, at, sharding = self.program.ins[i], self._ins[i], self.in_shardings[i]
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            if x.shape == at.shape and x.dtype == value.dtype:
+                return x
+        if isinstance(x, Uneven):
+            if x.shape == at.shape and x.dtype == value.dtype and x.sharding == sharding:
+                return x.padded
+            x = jnp.asarray(x)
+        self._check_devices(value, x)
+        if isinstance(x, bool | int | float | complex):
+            x = np.asarray(x, value.dtype)
+        elif isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
+            x = on_mesh(x, AxisType.Auto)
+        padded = at.sharding.padded_shape(at.shape, self.mesh)
+        if padded != at.shape and np.shape(x) == at.shape:
+            x = _pad(x, padded)
+        x = jax.device_put(x, sharding)
+        if x.dtype != value.dtype or x.shape != padded:
+            raise ArgumentError(
+                f"argument {value} was planned as {show_type(at.shape, value.dtype)}, and is given "
+                f"as {show_type(x.shape, x.dtype)}; convert it, or plan again for this type."
+            )
+        return x
+
+    def _check_devices(self, value: Value, x: Any) -> None:
+        if not isinstance(x, jax.Array) or not x.committed:
+            return
+        mine = set(self.devices.devices.flat)
+        if not x.sharding.device_set <= mine:
+            raise MeshError(
+                f"argument {value} lies on {_show_devices(x.sharding.device_set)}, but the mesh "
+                f"{_show_mesh(self.devices.shape)} is made of {_show_devices(mine)}; move it there with "
+                "jax.device_put, or pass a numpy array."
+            )
+
+
+def compile_program(
+    program: Program, devices: DeviceMesh, mesh: Mesh, donate: Sequence[bool] = ()
+) -> Executable:
+    """The callable that runs the local `program` on `devices`; compiled when first called.
+
+    `mesh` is the program's, which may cut an axis of `devices` into sub-axes. `donate[i]` gives the
+    memory of argument i to the results.
+    """
+    return Executable(program, devices, mesh, tuple(donate))
+
+
+def devices_mesh(mesh: Mesh) -> DeviceMesh:
+    """A mesh of this process' devices, in the order that `jax.make_mesh` prefers.
+
+    Raises:
+      MeshError: there are too few.
+    """
+    return _arrange(mesh, jax.devices(), "this process has", _TOO_FEW.format(mesh.devices))
+
+
+def topology_mesh(mesh: Mesh, topology: Any) -> DeviceMesh:
+    """A mesh of the devices of a `jax.sharding.Mesh` or a `jax.experimental.topologies` description.
+
+    Raises:
+      MeshError: its devices, or its axes, are not those of `mesh`.
+    """
+    if not isinstance(topology, DeviceMesh):
+        return _arrange(mesh, topology.devices, "the topology has", "take one of that size.")
+    if tuple(topology.shape.items()) != mesh.axes:
+        raise MeshError(
+            f"the plan is for mesh {_show_mesh(dict(mesh.axes))}, and is to be compiled for mesh "
+            f"{_show_mesh(topology.shape)}; plan for that mesh instead."
+        )
+    return topology
+
+
+_TOO_FEW = (
+    "use plan.simulate, or set XLA_FLAGS=--xla_force_host_platform_device_count={} before jax "
+    "starts."
+)
+
+
+def _arrange(mesh: Mesh, devices: Sequence[Any], who_has: str, way_out: str) -> DeviceMesh:
+    if len(devices) < mesh.devices:
+        raise MeshError(
+            f"mesh {_show_mesh(dict(mesh.axes))} needs {mesh.devices} devices, {who_has} "
+            f"{len(devices)}; {way_out}"
+        )
+    sizes = tuple(size for _, size in mesh.axes)
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(sizes, mesh.names, kinds, devices=devices[: mesh.devices])
+
+
+def _pad(x: Any, shape: Sequence[int]) -> Any:
+    """`x` with zeros up to `shape`; numpy arrays stay on the host."""
+    widths = [(0, total - n) for n, total in zip(np.shape(x), shape, strict=True)]
+    if not any(pad for _, pad in widths):
+        return x
+    if not isinstance(x, jax.Array):
+        return np.pad(x, widths)
+    words, restore = as_words(x)
+    widths += [(0, 0)] * (words.ndim - len(shape))
+    zero = np.zeros((), words.dtype)
+    return restore(lax.pad(words, zero, [(before, after, 0) for before, after in widths]))
+
+
+def _even(at: Layout, mesh: Mesh) -> Sharding:
+    """`at.sharding` without the axes of uneven dims."""
+    return Sharding(
+        tuple(
+            () if n % mesh.size(axes) else axes
+            for n, axes in zip(at.shape, at.sharding.dims, strict=True)
+        )
+    )
+
+
+def _show_mesh(shape: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in shape.items())
+
+
+def _show_devices(devices: set[Any]) -> str:
+    names = sorted(f"{d.platform}:{d.id}" for d in devices)
+    return ", ".join(names) if len(names) <= 4 else f"{len(names)} devices from {names[0]} on"

@@ -175,6 +175,7 @@ def _used_twice(
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown `name`: the known one it resembles, if any."""
     """The end of a sentence about an unknown name: the one that was meant, if it shows."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else "."

@@ -315,9 +315,8 @@ class _Converter:
     def _reshard(
         self, name: str, sharding: Any, x: Operand, scope: _Scope, source: Source | None
     ) -> Operand:
-        # With a mesh that is not all Explicit it only says who is in charge of the axes.
-        kinds = sharding.mesh.axis_types
-        if name == "mesh_cast" or any(kind != AxisType.Explicit for kind in kinds):
+        # Unless all axes are Explicit, it is JAX's own doing and moves nothing.
+        if name == "mesh_cast" or set(sharding.mesh.axis_types) != {AxisType.Explicit}:
             return x
         return self._constrain(x, sharding, "reshard", scope, source)
 

@@ -6,11 +6,12 @@ parameter with an uneven dim stays split from step to step, and nothing is gathe
 """
 
 import functools
-import operator
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import Mesh as DeviceMesh
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from gspmd.sharding import Sharding, show_type
 
 
-class Uneven:
+class Uneven(np.lib.mixins.NDArrayOperatorsMixin):
     """An array of logical `shape` whose shards, padding included, are those of `padded`.
 
     It acts as the array of its logical shape: `np.asarray(u)`, `jnp.asarray(u)`, `u + 1`, `u[3:]`,
@@ -28,8 +29,6 @@ class Uneven:
     """
 
     __slots__ = ("padded", "shape")
-    __hash__ = None  # type: ignore[assignment]  # `==` compares entries, as for any array
-    __array_priority__ = 200  # numpy arrays on the left leave the arithmetic to us, as to jax.Array
 
     padded: jax.Array
     shape: tuple[int, ...]
@@ -48,7 +47,7 @@ class Uneven:
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -97,13 +96,24 @@ class Uneven:
         """The ordinary array: its uneven dims are gathered, the others stay split."""
         return _whole(self.padded.sharding, self.shape)(on_mesh(self.padded, AxisType.Auto))
 
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any, **kwargs: Any) -> Any:
+        """What numpy's operators and functions give: a `jax.Array`, by the function of that name."""
+        if method != "__call__":
+            return NotImplemented
+        kwargs.pop("out", None)  # `u += 1` makes another array, as for any `jax.Array`
+        plain = (x.__jax_array__() if isinstance(x, Uneven) else x for x in args)
+        return getattr(jnp, ufunc.__name__)(*plain, **kwargs)
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.__jax_array__()[index]
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # protocols are those that the class defines
             raise AttributeError(name)
         return getattr(self.__jax_array__(), name)
 
     def __len__(self) -> int:
-        return len(self.__jax_array__()) if not self.shape else self.shape[0]
+        return self.shape[0]  # something of it is split, so that it has dims
 
     def __iter__(self) -> Iterator[jax.Array]:
         return iter(self.__jax_array__())
@@ -129,9 +139,13 @@ def on_mesh(x: jax.Array, kind: AxisType) -> jax.Array:
     """`x`, the same buffers, on its mesh with axes of the given kind."""
     old = x.sharding
     assert isinstance(old, NamedSharding) and isinstance(old.mesh, DeviceMesh)
-    mesh = DeviceMesh(old.mesh.devices, old.mesh.axis_names, axis_types=(kind,) * old.mesh.devices.ndim)
+    sharding = NamedSharding(_of_kind(old.mesh, kind), old.spec)
     buffers = [shard.data for shard in x.addressable_shards]
-    return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(mesh, old.spec), buffers)
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, buffers)
+
+
+def _of_kind(mesh: DeviceMesh, kind: AxisType) -> DeviceMesh:
+    return DeviceMesh(mesh.devices, mesh.axis_names, axis_types=(kind,) * mesh.devices.ndim)
 
 
 def _axes(entry: Any) -> tuple[str, ...]:
@@ -144,27 +158,11 @@ def _axes(entry: Any) -> tuple[str, ...]:
 def _whole(sharding: NamedSharding, shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
     """Cuts the padding off; a dim stays split where its axes divide it."""
     mesh = sharding.mesh
-    spec = P(*(
-        entry if n % int(np.prod([mesh.shape[axis] for axis in _axes(entry)])) == 0 else None
-        for n, entry in zip(shape, sharding.spec)
-    ))
-    auto = DeviceMesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    where = tuple(slice(n) for n in shape)
-    return jax.jit(lambda x: x[where], out_shardings=NamedSharding(auto, spec))
-
-
-def _method(name: str) -> Callable[..., Any]:
-    apply = getattr(operator, name)
-
-    def method(self: Uneven, *others: Any) -> Any:
-        others = tuple(x.__jax_array__() if isinstance(x, Uneven) else x for x in others)
-        return apply(self.__jax_array__(), *others)
-
-    return method
-
-
-def _reflected(name: str) -> Callable[..., Any]:
-    apply = getattr(operator, name)
-    return lambda self, other: apply(other, self.__jax_array__())
-
-
+    spec = P(
+        *(
+            None if n % math.prod(mesh.shape[axis] for axis in _axes(entry)) else entry
+            for n, entry in zip(shape, sharding.spec, strict=False)
+        )
+    )
+    kept = NamedSharding(_of_kind(mesh, AxisType.Auto), spec)
+    return jax.jit(lambda x: x[tuple(slice(n) for n in shape)], out_shardings=kept)

@@ -195,15 +195,11 @@ def test_a_dim_of_size_zero(shape: tuple[int, int], runner: collectives.Target) 
 
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("reduction", ["max", "min"])
-def test_extrema_see_nan_and_are_differentiable(
-    reduction: str, runner: collectives.Target
-) -> None:
+def test_extrema_see_nan_and_are_differentiable(reduction: str, runner: collectives.Target) -> None:
     op = Op("all_reduce", (), (), {"axes": ("y",), "reduction": reduction})
     extremum = lambda x: collectives.lower(op, [x], runner)[0]  # noqa: E731
     x = jnp.arange(8.0).reshape(2, 4, 1).at[1].set(3.0)
-    (tangent,) = RUNNERS[runner](
-        lambda x: (jax.jvp(extremum, (x,), (x + 1,))[1],), x
-    )
+    (tangent,) = RUNNERS[runner](lambda x: (jax.jvp(extremum, (x,), (x + 1,))[1],), x)
     best = 3 if reduction == "max" else 0
     want = [best + 1, 4]  # the tangent of the chosen one; where all tie, the mean of all
     np.testing.assert_allclose(np.asarray(tangent)[:, 0, 0], want)

@@ -39,8 +39,7 @@ def test_a_mesh_with_devices() -> None:
         ("data", "mesh 'data': 'data' is not NAME=SIZE; write \"data=256,model=8\"."),
         (
             "data=4 model=2",
-            "mesh 'data=4 model=2': 'data=4 model=2' is not NAME=SIZE; "
-            'write "data=256,model=8".',
+            "mesh 'data=4 model=2': 'data=4 model=2' is not NAME=SIZE; write \"data=256,model=8\".",
         ),
         ("", "mesh '': '' is not NAME=SIZE; write \"data=256,model=8\"."),
         ("x=0", "mesh axis 'x' has size 0; a size is an int of at least 1."),

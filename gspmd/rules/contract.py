@@ -1,31 +1,41 @@
 """Rules of contractions: matrix products, ragged products, convolutions."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from gspmd.ir import Op
 from gspmd.rules.factor import Dims, FactorRule, Factors, gathered, rule
 
 
+BILINEAR = ((0,), (1,))
+
+
 @rule("dot_general")
 def dot_general(op: Op) -> FactorRule:
-    """Batch, contracting and free dims, in the results' order: batch, free of lhs, free of rhs."""
-    lhs, rhs = op.ins
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = op.params["dimension_numbers"]
     f = Factors()
-    left: dict[int, int] = {d: f.new(lhs.shape[d]) for d in lhs_batch}
+    left, right, out = _product(f, op, op.params["dimension_numbers"])
+    return f.rule([left, right], [out], linear=BILINEAR, forward=1, backward=1)
+
+
+def _product(
+    f: Factors, op: Op, numbers: Any, ragged: Sequence[int] = (), groups: Sequence[int] = ()
+) -> tuple[Dims, Dims, Dims]:
+    """The factors of lhs, of rhs, and of the result: batch dims, free dims of lhs, those of rhs.
+
+    Dims `ragged` of lhs and `groups` of rhs, which are no dims of the result, stay whole.
+    """
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers
+    lhs, rhs = op.ins[0].shape, op.ins[1].shape
+    free_left = [d for d in range(len(lhs)) if d not in (*lhs_batch, *lhs_contract)]
+    free_right = [d for d in range(len(rhs)) if d not in (*rhs_batch, *rhs_contract, *groups)]
+    left = {d: f.new(lhs[d], "whole" if d in ragged else "pass") for d in (*lhs_batch, *free_left)}
     right = {e: left[d] for d, e in zip(lhs_batch, rhs_batch, strict=True)}
-    free_left = [d for d in range(len(lhs.shape)) if d not in (*lhs_batch, *lhs_contract)]
-    free_right = [d for d in range(len(rhs.shape)) if d not in (*rhs_batch, *rhs_contract)]
-    left |= {d: f.new(lhs.shape[d]) for d in free_left}
-    right |= {d: f.new(rhs.shape[d]) for d in free_right}
+    right |= {d: f.new(rhs[d]) for d in free_right}
+    right |= {d: f.new(rhs[d], "whole") for d in groups}
     for d, e in zip(lhs_contract, rhs_contract, strict=True):
-        left[d] = right[e] = f.new(lhs.shape[d], "sum")
+        left[d] = right[e] = f.new(lhs[d], "whole" if d in ragged else "sum")
     out = [left[d] for d in (*lhs_batch, *free_left)] + [right[d] for d in free_right]
-    return f.rule(
-        [_in_order(left), _in_order(right)],
-        [tuple((factor,) for factor in out)],
-        linear=((0,), (1,)),
-        forward=1,
-        backward=1,
-    )
+    return _in_order(left), _in_order(right), tuple((factor,) for factor in out)
 
 
 def _in_order(factors: dict[int, int]) -> Dims:
@@ -34,34 +44,22 @@ def _in_order(factors: dict[int, int]) -> Dims:
 
 @rule("ragged_dot_general")
 def ragged_dot_general(op: Op) -> FactorRule:
-    """`m k, g k n -> m n`: rows of m belong to the group g; m and g stay whole.
+    """`m k, g k n -> m n`, each row of m multiplied with its group's matrix; m and g stay whole.
 
-    Only this mode, the ragged dim being a free dim of lhs and the sizes of the groups one vector.
+    Or `m k, k n -> g m n`, each group summing over its rows of k; k and g stay whole.
     """
-    lhs, rhs, sizes = op.ins
+    sizes = op.ins[2].shape
     numbers = op.params["ragged_dot_dimension_numbers"]
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
+    (contract, _), (batch, _) = numbers.dot_dimension_numbers
     ragged, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
-    if {*ragged} & {*lhs_contract, *lhs_batch} or len(sizes.shape) != 1:
+    if {*ragged} & {*batch} or len(sizes) != 1:
         return gathered(op)
     f = Factors()
-    left: dict[int, int] = {d: f.new(lhs.shape[d]) for d in lhs_batch}
-    right = {e: left[d] for d, e in zip(lhs_batch, rhs_batch, strict=True)}
-    for d, e in zip(lhs_contract, rhs_contract, strict=True):
-        left[d] = right[e] = f.new(lhs.shape[d], "sum")
-    free_left = [d for d in range(len(lhs.shape)) if d not in left]
-    free_right = [d for d in range(len(rhs.shape)) if d not in right and d not in groups]
-    left |= {d: f.new(lhs.shape[d], "whole" if d in ragged else "pass") for d in free_left}
-    right |= {d: f.new(rhs.shape[d]) for d in free_right}
-    right |= {d: f.new(rhs.shape[d], "whole") for d in groups}
-    out = [left[d] for d in (*lhs_batch, *free_left)] + [right[d] for d in free_right]
-    return f.rule(
-        [_in_order(left), _in_order(right), f.dims(sizes.shape, "whole")],
-        [tuple((factor,) for factor in out)],
-        linear=((0,), (1,)),
-        forward=1,
-        backward=1,
-    )
+    left, right, out = _product(f, op, numbers.dot_dimension_numbers, ragged, groups)
+    group = f.dims(sizes, "whole")
+    if {*ragged} & {*contract}:
+        out = (*group, *out)
+    return f.rule([left, right, group], [out], linear=BILINEAR, forward=1, backward=1)
 
 
 @rule("conv_general_dilated")
@@ -72,25 +70,16 @@ def conv_general_dilated(op: Op) -> FactorRule:
     """
     (lhs, rhs), (out,) = op.ins, op.outs
     numbers = op.params["dimension_numbers"]
+    (n, c), (o, i), (m, p) = (spec[:2] for spec in numbers)
     grouped = op.params["feature_group_count"] > 1
-    batch_grouped = op.params["batch_group_count"] > 1
     f = Factors()
     left, right, result = (dict[int, int]() for _ in range(3))
-    if not batch_grouped:
-        left[numbers.lhs_spec[0]] = result[numbers.out_spec[0]] = f.new(out.shape[numbers.out_spec[0]])
-    if not grouped and not batch_grouped:
-        right[numbers.rhs_spec[0]] = result[numbers.out_spec[1]] = f.new(rhs.shape[numbers.rhs_spec[0]])
-        left[numbers.lhs_spec[1]] = right[numbers.rhs_spec[1]] = f.new(
-            lhs.shape[numbers.lhs_spec[1]], "sum"
-        )
+    if op.params["batch_group_count"] == 1:
+        left[n] = result[m] = f.new(lhs.shape[n])
+        if not grouped:
+            right[o] = result[p] = f.new(rhs.shape[o])
+            left[c] = right[i] = f.new(lhs.shape[c], "sum")
     for factors, shape in ((left, lhs.shape), (right, rhs.shape), (result, out.shape)):
-        for d, n in enumerate(shape):
-            if d not in factors:
-                factors[d] = f.new(n, "whole")
-    return f.rule(
-        [_in_order(left), _in_order(right)],
-        [_in_order(result)],
-        linear=((0,), (1,)),
-        forward=1,
-        backward=1,
-    )
+        factors |= {d: f.new(k, "whole") for d, k in enumerate(shape) if d not in factors}
+    ins = [_in_order(left), _in_order(right)]
+    return f.rule(ins, [_in_order(result)], linear=BILINEAR, forward=1, backward=1)

@@ -15,7 +15,6 @@ from jax import lax
 
 from gspmd.ir import Op
 from gspmd.rules.factor import Dims, FactorRule, Factors, Split, rule
-from gspmd.rules.shape import unequal_dims
 from gspmd.sharding import Axes
 
 DROP = lax.GatherScatterMode.FILL_OR_DROP
@@ -256,7 +255,7 @@ def _dynamic_slice_call(op: Op, split: Split) -> Callable[..., Any]:
     assert op.call is not None
     call, params = op.call, _dynamic_slice_params(op, split)
     shape, sizes = op.ins[0].shape, op.params["slice_sizes"]
-    cut = {d: split.ins[0].dims[d] for d in unequal_dims(op) if split.ins[0].dims[d]}
+    cut = {d: axes for d, axes in enumerate(split.ins[0].dims) if axes and shape[d] != sizes[d]}
     if not cut:
         return functools.partial(call, **params)
 

@@ -1,5 +1,7 @@
 """Rules of linear algebra and FFT: batch dims pass, the dims of the problem itself stay whole."""
 
+import dataclasses
+
 from gspmd.ir import Op
 from gspmd.rules.factor import FactorRule, Factors, rule
 
@@ -21,20 +23,45 @@ def batched(op: Op, core: int, linear: tuple[tuple[int, ...], ...] = ()) -> Fact
     )
 
 
-@rule("cholesky", "cholesky_update", "eig", "eigh", "geqp3", "geqrf", "hessenberg", "lu", "ormqr")
-@rule("householder_product", "qr", "schur", "svd", "symmetric_product", "tridiagonal")
+@rule("cholesky", "cholesky_update", "eig", "eigh", "geqp3", "geqrf", "hessenberg", "lu")
+@rule("householder_product", "qr", "schur", "svd", "tridiagonal")
 def decomposition(op: Op) -> FactorRule:
     return batched(op, core=2)
 
 
+@rule("ormqr")
+def ormqr(op: Op) -> FactorRule:
+    """`q c` or `c q`: the dim of c that q does not touch passes."""
+    return _solved(op, 2, free=-1 if op.params["left"] else -2)
+
+
 @rule("triangular_solve")
 def triangular_solve(op: Op) -> FactorRule:
-    return batched(op, core=2, linear=((1,),))
+    """One system for each column of b (row, on the right side): these pass."""
+    return _solved(op, 1, free=-1 if op.params["left_side"] else -2)
 
 
 @rule("tridiagonal_solve")
 def tridiagonal_solve(op: Op) -> FactorRule:
-    return batched(op, core=1, linear=((3,),))
+    return _solved(op, 3, free=-1, core=1)
+
+
+def _solved(op: Op, rhs: int, free: int, core: int = 2) -> FactorRule:
+    """As `batched`, but operand `rhs` and the result, in which the op is linear, share a dim `free`."""
+    made = batched(op, core, linear=((rhs,),))
+    (factor,), (same,) = made.ins[rhs][free], made.outs[0][free]
+    kinds = tuple("pass" if f == factor else kind for f, kind in enumerate(made.kinds))
+    out = tuple((factor,) if fs == (same,) else fs for fs in made.outs[0])
+    return dataclasses.replace(made, outs=(out,), kinds=kinds)
+
+
+@rule("symmetric_product")
+def symmetric_product(op: Op) -> FactorRule:
+    """`alpha a a^T + beta c`; the inner dim of a is summed if there is no c to be counted twice."""
+    made = batched(op, core=2)
+    (inner,) = made.ins[0][-1]
+    kind = "whole" if op.params["beta"] else "sum"
+    return dataclasses.replace(made, kinds=(*made.kinds[:inner], kind, *made.kinds[inner + 1 :]))
 
 
 @rule("lu_pivots_to_permutation")

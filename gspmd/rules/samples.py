@@ -15,8 +15,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import primitives
 from jax.extend.random import threefry2x32_p
+from jax.scipy.linalg import qr_multiply
 
-from gspmd.rules.check import Sample
+from gspmd.ir import Op, Value
+from gspmd.rules.check import Case, Sample
 
 
 def floats(*shape: int, low: float = -1.0, high: float = 1.0, dtype: Any = np.float32) -> Any:
@@ -32,7 +34,7 @@ def bools(*shape: int) -> Any:
     return ints(*shape, high=2).astype(bool)
 
 
-def samples() -> Iterator[Sample]:
+def samples() -> Iterator[Sample | Case]:
     """All samples, family by family."""
     for family in (
         _unary, _nary, _other_pointwise, _contractions, _reductions, _windows, _broadcasts,
@@ -44,7 +46,7 @@ def samples() -> Iterator[Sample]:
 # --- pointwise
 
 
-def _unary() -> Iterator[Sample]:
+def _unary() -> Iterator[Sample | Case]:
     positive = floats(4, 5, low=0.1, high=0.9)
     for fn in (
         lax.abs, lax.acos, lax.asin, lax.asinh, lax.atan, lax.atanh, lax.bessel_i0e, lax.bessel_i1e,
@@ -67,7 +69,7 @@ def _unary() -> Iterator[Sample]:
     yield Sample("population_count", lax.population_count, (ints(4, 5, high=99),))
 
 
-def _nary() -> Iterator[Sample]:
+def _nary() -> Iterator[Sample | Case]:
     x, y, z = (floats(5, 4, low=low, high=2.0) for low in (0.2, 0.3, 0.4))
     z = np.flip(z)
     for name, fn in {
@@ -99,7 +101,7 @@ def _nary() -> Iterator[Sample]:
         yield Sample(name, fn, bits)
 
 
-def _other_pointwise() -> Iterator[Sample]:
+def _other_pointwise() -> Iterator[Sample | Case]:
     x, y = floats(4, 5), np.flip(floats(4, 5))
     yield Sample("select_n", lax.select_n, (ints(4, 5, high=3), x, y, x + y))
     yield Sample("select_n", lax.select_n, (np.bool_(True), x, y))
@@ -107,12 +109,14 @@ def _other_pointwise() -> Iterator[Sample]:
     yield Sample("clamp", lax.clamp, (np.minimum(x, y), x, np.maximum(x, y)))
     for dtype in (jnp.bfloat16, np.int32, np.complex64):
         yield Sample("convert_element_type", lambda x, t=dtype: lax.convert_element_type(x, t), (x,))
-    half = x.astype(jnp.bfloat16)
+    half = ints(4, 5).astype(jnp.bfloat16)
     yield Sample("convert_element_type", lambda x: x.astype(np.float32), (half,))
     for dtype in (np.int32, np.uint8):
         yield Sample("bitcast_convert_type", lambda x, t=dtype: lax.bitcast_convert_type(x, t), (x,))
     narrow = ints(4, 5, 2, dtype=np.uint16)
     yield Sample("bitcast_convert_type", lambda x: lax.bitcast_convert_type(x, np.float32), (narrow,))
+    a, b = (Value(i, (4, 5), np.dtype("f4")) for i in range(2))
+    yield Case(Op("constraint", (a,), (b,), call=lambda x: x), (x,))
     yield Sample("optimization_barrier", lambda *x: lax.optimization_barrier(x), (x, ints(3)))
     yield Sample("device_put", jax.device_put, (x,))
     yield Sample("shard_alike", _shard_alike, (x, y))
@@ -127,12 +131,12 @@ def _shard_alike(x: Any, y: Any) -> Any:
 # --- contractions
 
 
-def _contractions() -> Iterator[Sample]:
+def _contractions() -> Iterator[Sample | Case]:
     dot = functools.partial(Sample, "dot_general")
     yield dot(jnp.matmul, (floats(4, 5), floats(5, 3)))
     yield dot(lambda a, b: jnp.einsum("bik,bjkl->bijl", a, b), (floats(4, 2, 5), floats(4, 3, 5, 2)))
     yield dot(lambda a, b: jnp.einsum("kil,lbk->bi", a, b), (floats(4, 3, 5), floats(5, 2, 4)))
-    yield dot(jnp.outer, (floats(4), floats(5)))
+    yield dot(lambda a, b: lax.dot_general(a, b, (((), ()), ((), ()))), (floats(4), floats(5)))
     sizes = np.array([1, 3, 2], np.int32)
     ragged = functools.partial(Sample, "ragged_dot_general")
     yield ragged(lax.ragged_dot, (floats(6, 4), floats(3, 4, 5), sizes))
@@ -160,7 +164,7 @@ def _contractions() -> Iterator[Sample]:
 # --- reductions
 
 
-def _reductions() -> Iterator[Sample]:
+def _reductions() -> Iterator[Sample | Case]:
     x = floats(4, 5, 3)
     for name, fn in {
         "reduce_sum": jnp.sum, "reduce_max": jnp.max, "reduce_min": jnp.min, "reduce_prod": jnp.prod,
@@ -190,7 +194,7 @@ def _reductions() -> Iterator[Sample]:
         yield Sample(fn.__name__, lambda x, fn=fn: fn(x, axis=1, reverse=True), (x,))
 
 
-def _windows() -> Iterator[Sample]:
+def _windows() -> Iterator[Sample | Case]:
     x = floats(4, 6, 5)
     pool = ((1, 2, 1), (1, 2, 1), "VALID")
     yield Sample("reduce_window_sum", lambda x: lax.reduce_window(x, 0.0, lax.add, *pool), (x,))
@@ -223,7 +227,7 @@ def _select_and_scatter(x: Any, source: Any) -> Any:
 # --- shapes
 
 
-def _broadcasts() -> Iterator[Sample]:
+def _broadcasts() -> Iterator[Sample | Case]:
     broadcast = functools.partial(Sample, "broadcast_in_dim")
     yield broadcast(lambda x: lax.broadcast_in_dim(x, (3, 4, 5), (1, 2)), (floats(4, 5),))
     yield broadcast(lambda x: lax.broadcast_in_dim(x, (4, 3, 5), (0, 2)), (floats(1, 5),))
@@ -237,7 +241,7 @@ def _broadcasts() -> Iterator[Sample]:
 _ANY = jax.memory.Space.Device
 
 
-def _reshapes() -> Iterator[Sample]:
+def _reshapes() -> Iterator[Sample | Case]:
     for old, new in (
         ((6, 5), (2, 3, 5)), ((4, 5), (20,)), ((6, 4), (4, 6)), ((1, 6, 5), (6, 1, 5)),
         ((3, 4, 2), (2, 12)), ((12, 5), (2, 3, 2, 5)), ((6, 10), (4, 15)), ((5,), (1, 5)),
@@ -255,19 +259,20 @@ def _reshapes() -> Iterator[Sample]:
     yield Sample("rev", lambda x: lax.rev(x, (1,)), (floats(4, 5, 3),))
 
 
-def _slices() -> Iterator[Sample]:
+def _slices() -> Iterator[Sample | Case]:
     x = floats(4, 6, 5)
     yield Sample("slice", lambda x: lax.slice(x, (0, 1, 0), (4, 6, 5), (1, 2, 1)), (x,))
+    yield Sample("slice", lambda x: lax.slice(x, (0, 1, 0), (4, 6, 5), (1, 3, 1)), (x,))
     yield Sample("slice", lambda x: lax.slice(x, (0, 1, 0), (4, 3, 5)), (x,))
     yield Sample("pad", lambda x: lax.pad(x, np.float32(0), ((0, 0, 0), (1, 0, 1), (0, 0, 0))), (x,))
-    padding = ((0, 0, 0), (2, -1, 0), (0, 0, 0))
+    padding = ((1, 0, 0), (2, -1, 0), (0, 0, 0))
     yield Sample("pad", lambda x, y: lax.pad(x, y, padding), (x, np.float32(2)))
 
 
 # --- indexing
 
 
-def _gathers() -> Iterator[Sample]:
+def _gathers() -> Iterator[Sample | Case]:
     table, rows = floats(7, 5), ints(4, 3, low=-3, high=12)
 
     def take(x: Any, i: Any, mode: str, fill: Any = None) -> Any:
@@ -296,7 +301,7 @@ def _gathers() -> Iterator[Sample]:
     yield gather(table, ints(7, 3, 1, low=-1, high=7), along, (1, 1))
 
 
-def _scatters() -> Iterator[Sample]:
+def _scatters() -> Iterator[Sample | Case]:
     table, updates = floats(7, 5), floats(4, 3, 5)
     rows = ints(4, 3, 1, low=-3, high=12)
     numbers = lax.ScatterDimensionNumbers((2,), (0,), (0,))
@@ -329,28 +334,29 @@ def _scatters() -> Iterator[Sample]:
     yield scatter("scatter", lax.scatter, (table, ints(7, 1, 1), floats(7, 1)), along)
 
 
-def _dynamic_slices() -> Iterator[Sample]:
+def _dynamic_slices() -> Iterator[Sample | Case]:
     x = floats(7, 5, 4)
-    for start in (-2, 1, 3, 6, 9):
-        for rows in (1, 3, 5):
-            yield Sample(
-                "dynamic_slice",
-                lambda x, i, rows=rows: lax.dynamic_slice_p.bind(x, i, 0, 0, slice_sizes=(rows, 5, 4)),
-                (x, np.int32(start)),
-            )
-            yield Sample(
-                "dynamic_update_slice",
-                lambda x, y, i: lax.dynamic_update_slice_p.bind(x, y, i, np.int32(0), np.int32(1)),
-                (x, floats(rows, 5, 2), np.int32(start)),
-            )
+    for start, rows in ((-2, 3), (1, 1), (3, 3), (1, 5), (9, 1), (6, 3)):
+        yield Sample(
+            "dynamic_slice",
+            lambda x, i, n=rows: lax.dynamic_slice_p.bind(x, i, 0, 0, slice_sizes=(n, 5, 4)),
+            (x, np.int32(start)),
+        )
+        yield Sample(
+            "dynamic_update_slice",
+            lambda x, y, i: lax.dynamic_update_slice_p.bind(x, y, i, np.int32(0), np.int32(1)),
+            (x, floats(rows, 5, 2), np.int32(start)),
+        )
     yield Sample("dynamic_slice", lambda x: lax.dynamic_slice(x, (np.uint8(200),), (2,)), (bools(9),))
 
 
 # --- random numbers
 
 
-def _random() -> Iterator[Sample]:
+def _random() -> Iterator[Sample | Case]:
     key, keys = jax.random.key(7), jax.random.split(jax.random.key(8), 5)
+    rbg = jax.random.key(7, impl="rbg")
+    yield Sample("random_bits", lambda k: jax.random.bits(k, (4, 5)), (rbg,))
     for dtype in (np.uint8, np.uint16, np.uint32):
         yield Sample("random_bits", lambda k, t=dtype: jax.random.bits(k, (4, 5, 3), t), (key,))
     yield Sample("random_bits", jax.vmap(lambda k: jax.random.bits(k, (3, 4))), (keys,))
@@ -376,7 +382,7 @@ def _random() -> Iterator[Sample]:
 # --- order and linear algebra
 
 
-def _order() -> Iterator[Sample]:
+def _order() -> Iterator[Sample | Case]:
     x = floats(4, 5, 6)
     yield Sample("sort", lambda x, y: lax.sort((x, y), dimension=1), (x, np.flip(x)))
     yield Sample("top_k", lambda x: lax.top_k(x, 2), (x,))
@@ -384,7 +390,7 @@ def _order() -> Iterator[Sample]:
     yield Sample("approx_top_k", lambda x: lax.approx_max_k(x, 2), (x,))
 
 
-def _linalg() -> Iterator[Sample]:
+def _linalg() -> Iterator[Sample | Case]:
     la = lax.linalg
     x = floats(5, 4, 4) + 2 * np.eye(4, dtype=np.float32)
     spd = (x @ x.swapaxes(1, 2)).astype(np.float32)
@@ -394,11 +400,15 @@ def _linalg() -> Iterator[Sample]:
         "tridiagonal": la.tridiagonal,
     }.items():  # fmt: skip
         yield Sample(name, fn, (spd,))
-    yield Sample("geqrf", la.qr, (x,))
+    yield Sample("geqrf", lambda x: jnp.linalg.qr(x, mode="raw"), (x,))
+    yield Sample("geqp3", lambda x: qr_multiply(x, x, pivoting=True), (x,))
     yield Sample("householder_product", la.householder_product, (x, floats(5, 4)))
     yield Sample("ormqr", la.ormqr, (x, floats(5, 4), floats(5, 4, 3)))
     yield Sample("cholesky_update", la.cholesky_update, (spd[0], floats(4)))
-    yield Sample("symmetric_product", la.symmetric_product, (x, spd))
+    for beta in (0.0, 2.0):
+        yield Sample(
+            "symmetric_product", lambda x, c, b=beta: la.symmetric_product(x, c, beta=b), (x, spd)
+        )
     for left in (True, False):
         b = floats(5, 4, 3) if left else floats(5, 3, 4)
         yield Sample(

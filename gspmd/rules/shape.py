@@ -160,38 +160,54 @@ def rev(op: Op) -> FactorRule:
 
 @rule("pad")
 def pad(op: Op) -> FactorRule:
-    """Padded dims stay whole. Padding with zeros is linear in the operand alone."""
-    touched = {d for d, amounts in enumerate(op.params["padding_config"]) if any(amounts)}
+    """Dims not padded pass. So do dims in which every entry gets `interior` fillers of its own.
+
+    Padding with zeros is linear in the operand alone.
+    """
+    f = Factors()
+    ins: list[tuple[int, ...]] = []
+    outs: list[tuple[int, ...]] = []
+    for n, m, (low, high, interior) in zip(
+        op.ins[0].shape, op.outs[0].shape, op.params["padding_config"], strict=True
+    ):
+        own = min(low, high) >= 0 and low + high == interior
+        ins.append((f.new(n, "pass" if own else "whole"),))
+        strided = (f.new(interior + 1, "whole"),) if interior else ()
+        outs.append((*ins[-1], *strided) if own else (f.new(m, "whole"),))
     filler = op.ins[1]
     zero = isinstance(filler, Literal) and filler.value == 0
-    return tied(op, touched, linear=((0,),) if zero else ((0, 1),))
+    return f.rule([tuple(ins), ()], [tuple(outs)], linear=((0,),) if zero else ((0, 1),))
 
 
 def _slice_params(op: Op, split: Split) -> dict[str, Any]:
-    """Dims that are kept in full now end where the shard ends."""
+    """Dims that pass now end where the shard ends."""
     limits = tuple(
-        local if kept == n else limit
-        for local, kept, n, limit in zip(
-            split.in_shapes[0],
-            op.outs[0].shape,
-            op.ins[0].shape,
-            op.params["limit_indices"],
-            strict=True,
+        local if passes else limit
+        for local, passes, limit in zip(
+            split.in_shapes[0], _sliced_evenly(op), op.params["limit_indices"], strict=True
         )
     )
     return {**op.params, "limit_indices": limits}
 
 
+def _sliced_evenly(op: Op) -> list[bool]:
+    """Per dim, whether the slice takes one entry out of every `stride` entries."""
+    strides = op.params["strides"] or (1,) * len(op.ins[0].shape)
+    sizes = zip(op.ins[0].shape, op.outs[0].shape, strides, strict=True)
+    return [m * stride == n for n, m, stride in sizes]
+
+
 @rule("slice", params=_slice_params)
 def slice_(op: Op) -> FactorRule:
-    """Dims kept in full pass, the others stay whole."""
-    return tied(op, unequal_dims(op), linear=((0,),))
-
-
-def unequal_dims(op: Op) -> set[int]:
-    """The dims in which operand 0 and result 0 differ in size."""
-    sizes = zip(op.ins[0].shape, op.outs[0].shape, strict=True)
-    return {d for d, (n, m) in enumerate(sizes) if n != m}
+    """Dims kept in full pass; so do dims of which one entry in n is kept, `(a n) -> a`."""
+    f = Factors()
+    ins: list[tuple[int, ...]] = []
+    outs: list[tuple[int, ...]] = []
+    for n, m, passes in zip(op.ins[0].shape, op.outs[0].shape, _sliced_evenly(op), strict=True):
+        outs.append((f.new(m, "pass" if passes else "whole"),))
+        strided = (f.new(n // m, "whole"),) if passes and n != m else ()
+        ins.append((*outs[-1], *strided) if passes else (f.new(n, "whole"),))
+    return f.rule([tuple(ins)], [tuple(outs)], linear=((0,),))
 
 
 def _iota_call(op: Op, split: Split) -> Callable[..., Any]:
