@@ -12,21 +12,26 @@ from gspmd.errors import (
     StrictError,
     TraceError,
 )
+from gspmd.partition import Finding
+from gspmd.partitioned import Partitioned, partition
 from gspmd.plan import Collective, Plan, plan
 from gspmd.rules.factor import register_rule
 
 __all__ = [
     "ArgumentError",
     "Collective",
+    "Finding",
     "GspmdError",
     "MeshError",
     "P",
+    "Partitioned",
     "Plan",
     "RuleError",
     "SpecError",
     "StrictError",
     "TraceError",
     "annotate",
+    "partition",
     "plan",
     "register_rule",
 ]

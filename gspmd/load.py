@@ -1,7 +1,6 @@
 """What the command line is given, as values: a `FILE.py:FUNCTION`, rule tables, sizes in bytes."""
 
 import dataclasses
-import difflib
 import importlib.util
 import inspect
 import re
@@ -10,10 +9,11 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 from gspmd.errors import GspmdError
-from gspmd.plan import Partitioned, Plan, plan
+from gspmd.plan import Plan, plan
+from gspmd.specs import nearest
 
 Rules = dict[str, str | tuple[str, ...] | None]
 
@@ -41,12 +41,6 @@ class Subject:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'train'?` where one of `known` is close to `name`, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
 def read_subject(target: str) -> Subject:
     """What `FILE.py:FUNCTION` stands for.
 
@@ -61,13 +55,22 @@ def read_subject(target: str) -> Subject:
     found = vars(module).get(name)
     if found is None:
         functions = [n for n, x in vars(module).items() if callable(x) and not n.startswith("_")]
-        raise InputError(f"{path} has no function {name!r}.{nearest(name, functions)}")
-    if isinstance(found, Partitioned):
+        raise InputError(f"{path} has no function {name!r}{nearest(name, functions)}")
+    if is_partitioned(found):
         return Subject(found)
     if not callable(found):
         raise InputError(f"{target} is a {type(found).__name__}, not a function: {EXPECTED}.")
     _takes_nothing(found, target)
     return _subject(_call(found, path, f"{target} failed"), target)
+
+
+def is_partitioned(fn: object) -> "TypeGuard[_Partitioned]":
+    """Whether `fn` is a function that carries a mesh: the result of gspmd.partition."""
+    return callable(fn) and callable(getattr(fn, "plan", None))
+
+
+class _Partitioned(Protocol):
+    def plan(self, *args: Any) -> Plan: ...
 
 
 def _takes_nothing(fn: Callable[..., Any], target: str) -> None:
@@ -96,7 +99,7 @@ def _subject(result: object, target: str) -> Subject:
 def _import(path: Path) -> ModuleType:
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise InputError(f"there is no file {str(path)!r}.{nearest(str(path), siblings)}")
+        raise InputError(f"there is no file {str(path)!r}{nearest(str(path), siblings)}")
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     if spec is None or spec.loader is None:
         raise InputError(f"{str(path)!r} is not a Python file; FILE.py:FUNCTION needs one.")
@@ -137,9 +140,13 @@ def make_plan(subject: Subject, mesh: str | None, rules: Rules, strict: bool = F
       GspmdError: the program cannot be planned.
     """
     fn, options = subject.fn, dict(subject.options)
-    if isinstance(fn, Partitioned):
-        options = {**fn.options, **options}
-        fn = fn.fn
+    if is_partitioned(fn):
+        if mesh is not None or rules or strict or options:
+            raise InputError(
+                "the function is decorated with gspmd.partition, which says mesh, rules and strict "
+                "already; leave them out here, or plan the function that it decorates."
+            )
+        return fn.plan(*subject.args)
     if mesh is not None:
         options["mesh"] = mesh
     if options.get("mesh") is None:

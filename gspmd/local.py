@@ -60,11 +60,11 @@ def neutral_value(reduction: str, dtype: Any) -> np.ndarray:
 
 def is_key(dtype: Any) -> bool:
     """Whether `dtype` is that of typed PRNG keys, on which arithmetic is not defined."""
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def as_words(x: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """`x` as plain numbers, and how to turn those back: PRNG keys as their words, in trailing dims."""
+    """`x` as plain numbers, PRNG keys as words in trailing dims, and the way back."""
     if not is_key(x.dtype):
         return x, lambda words: words
     wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(x))

@@ -12,6 +12,7 @@ import jax
 import networkx as nx
 import numpy as np
 from jax import tree_util
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gspmd import explain, run
@@ -57,7 +58,7 @@ class Collective:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """A partitioned program with the way it came about.
 
@@ -75,8 +76,8 @@ class Plan:
     findings: tuple[Finding, ...]
     traced: Traced
     name: str
-    static: tuple[int, ...]
-    seconds: Mapping[str, float] = dataclasses.field(compare=False)
+    statics: tuple[tuple[int, Any], ...]
+    seconds: Mapping[str, float]
 
     def __str__(self) -> str:
         return f"# {self.name} on {self.user_mesh}\n{show(self.program)}"
@@ -124,19 +125,30 @@ class Plan:
     @property
     def in_specs(self) -> Any:
         """Pytree of PartitionSpec, like the arguments."""
-        specs = [self._spec(v) for v in self.program.ins]
-        args, kwargs = tree_util.tree_unflatten(self.traced.in_tree, specs)
+        args, kwargs = tree_util.tree_unflatten(self.traced.in_tree, self.flat_specs[0])
         return (args, kwargs) if kwargs else args
 
     @property
     def out_specs(self) -> Any:
         """Pytree of PartitionSpec, like the results."""
-        specs = [self._spec(x) for x in self.program.outs if isinstance(x, Value)]
-        return tree_util.tree_unflatten(self.traced.out_tree, specs)
+        return tree_util.tree_unflatten(self.traced.out_tree, self.flat_specs[1])
 
-    def _spec(self, value: Value) -> P:
-        assert value.layout is not None
-        return to_spec(value.layout.sharding.dims, self.mesh)
+    @property
+    def flat_specs(self) -> tuple[tuple[P, ...], tuple[P, ...]]:
+        """The specs of the flat inputs and of the flat outputs."""
+        sides = (self.model.ins, [x for x in self.model.outs if isinstance(x, Value)])
+        shardings = self.propagated.shardings
+        ins, outs = (tuple(to_spec(shardings[v].dims, self.mesh) for v in side) for side in sides)
+        return ins, outs
+
+    @property
+    def flat_shardings(self) -> tuple[tuple[NamedSharding, ...], tuple[NamedSharding, ...]]:
+        """The flat specs with the mesh, so that no rule can give their names another meaning."""
+        mesh = AbstractMesh(
+            tuple(size for _, size in self.user_mesh.axes), self.user_mesh.names
+        )
+        ins, outs = (tuple(NamedSharding(mesh, p) for p in side) for side in self.flat_specs)
+        return ins, outs
 
     def why(self, x: int | str) -> str:
         """Why a collective exists, or why a value is split as it is.
@@ -193,7 +205,7 @@ class Plan:
 
     def simulate(self, *args: Any, **kwargs: Any) -> Any:
         """The global outputs, computed on one device that plays every device of the mesh at once."""
-        outs = self._simulator(*self._flat(args, kwargs))
+        outs = self._simulator(*self.flatten(args, kwargs))
         return tree_util.tree_unflatten(self.traced.out_tree, outs)
 
     @functools.cached_property
@@ -202,7 +214,7 @@ class Plan:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs, computed on the mesh's devices; arrays sharded as `out_specs` says."""
-        outs = self.executable(*self._flat(args, kwargs))
+        outs = self.executable(*self.flatten(args, kwargs))
         return tree_util.tree_unflatten(self.traced.out_tree, outs)
 
     @functools.cached_property
@@ -224,8 +236,14 @@ class Plan:
         target = run.compile_program(self.program, devices, self.mesh, donate=self.traced.donated)
         return target.compile(compiler_options)
 
-    def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        dynamic = tuple(x for i, x in enumerate(args) if i not in self.static)
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The leaves of a call's arguments, if they have the structure and shapes of the plan.
+
+        Raises:
+          ArgumentError: they do not.
+        """
+        static = {i for i, _ in self.statics}
+        dynamic = tuple(x for i, x in enumerate(args) if i not in static)
         flat, tree = tree_util.tree_flatten((dynamic, kwargs))
         if tree != self.traced.in_tree:
             raise ArgumentError(
@@ -325,7 +343,7 @@ def plan(
         findings=findings,
         traced=traced,
         name=function_name(fn),
-        static=static,
+        statics=tuple((i, args[i]) for i in static),
         seconds=clock.seconds,
     )
 

@@ -8,12 +8,13 @@ names: `simulate` nests one `jax.vmap` per axis on a single device; an `Executab
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import PartitionSpec as P
@@ -24,7 +25,7 @@ from gspmd.ir import Layout, Literal, Operand, Program, Value
 from gspmd.local import as_words
 from gspmd.sharding import Mesh, Sharding, show_type
 from gspmd.specs import to_spec
-from gspmd.uneven import Uneven, on_mesh
+from gspmd.uneven import Uneven, automatic, on_mesh
 
 
 def simulate(program: Program, mesh: Mesh, args: Sequence[Any]) -> list[jax.Array]:
@@ -74,7 +75,7 @@ def _layout(operand: Operand) -> Layout:
 
 
 def _split(x: Any, at: Layout, mesh: Mesh, poison: bool) -> jax.Array:
-    """The shards of global `x`: one leading dim for each mesh axis that splits it, in mesh order."""
+    """The shards of global `x`: a leading dim for each mesh axis that splits it, in mesh order."""
     words, restore = as_words(jnp.asarray(x))
     widths, cut, blocks = [], [], []
     names: list[str | None] = []
@@ -94,7 +95,7 @@ def _split(x: Any, at: Layout, mesh: Mesh, poison: bool) -> jax.Array:
 
 
 def _join(x: jax.Array, at: Layout, mesh: Mesh) -> jax.Array:
-    """Undoes `_split` on `x[each mesh axis, *local shape]`: one global array per group of copies."""
+    """Undoes `_split` on `x[*mesh, *local shape]`: one global array per group of copies."""
     words, restore = as_words(x)
     rank, leading = len(at.shape), len(mesh.axes)
     order = [i for i, axis in enumerate(mesh.names) if axis not in at.sharding.axes]
@@ -116,7 +117,7 @@ def _poison(dtype: np.dtype) -> np.ndarray:
 def _on_one_device(x: Any) -> Any:
     if isinstance(x, Uneven):
         return np.asarray(x)
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array) or not x.committed:
+    if isinstance(x, Tracer) or not isinstance(x, jax.Array) or not x.committed:
         return x
     return jax.device_put(x, jax.local_devices()[0])
 
@@ -136,9 +137,11 @@ class Executable:
     donate: tuple[bool, ...]
 
     def __call__(self, *args: Any) -> list[Any]:
-        if any(isinstance(x, jax.core.Tracer) for x in args):
+        if any(isinstance(x, Tracer) for x in args):
             return self._trace(args)
         placed = [self._place(i, x) for i, x in enumerate(args)]
+        if any(isinstance(x, Tracer) for x in placed):  # numpy arrays, in a function being traced
+            return self._trace(args)
         outs = self._compiled(*placed)
         return [
             x if x.shape == at.shape else Uneven(x, at.shape)
@@ -255,21 +258,21 @@ class Executable:
     def _place(self, i: int, x: Any) -> jax.Array:
         """Argument `i` as it must lie, without a copy if it lies so already."""
         value, at, sharding = self.program.ins[i], self._ins[i], self.in_shardings[i]
-        if isinstance(x, jax.Array) and x.sharding == sharding:
-            if x.shape == at.shape and x.dtype == value.dtype:
-                return x
+        if (
+            isinstance(x, jax.Array | Uneven)
+            and x.sharding == sharding
+            and x.shape == at.shape
+            and x.dtype == value.dtype
+        ):
+            return x.padded if isinstance(x, Uneven) else x
         if isinstance(x, Uneven):
-            if x.shape == at.shape and x.dtype == value.dtype and x.sharding == sharding:
-                return x.padded
             x = jnp.asarray(x)
         self._check_devices(value, x)
         if isinstance(x, bool | int | float | complex):
             x = np.asarray(x, value.dtype)
-        elif isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
-            x = on_mesh(x, AxisType.Auto)
         padded = at.sharding.padded_shape(at.shape, self.mesh)
         if padded != at.shape and np.shape(x) == at.shape:
-            x = _pad(x, padded)
+            x = _pad_now(x, padded)
         x = jax.device_put(x, sharding)
         if x.dtype != value.dtype or x.shape != padded:
             raise ArgumentError(
@@ -284,9 +287,9 @@ class Executable:
         mine = set(self.devices.devices.flat)
         if not x.sharding.device_set <= mine:
             raise MeshError(
-                f"argument {value} lies on {_show_devices(x.sharding.device_set)}, but the mesh "
-                f"{_show_mesh(self.devices.shape)} is made of {_show_devices(mine)}; move it there with "
-                "jax.device_put, or pass a numpy array."
+                f"argument {value} lies on {_show_devices(x.sharding.device_set)}, but mesh "
+                f"{_show_mesh(self.devices.shape)} is made of {_show_devices(mine)}; move it there "
+                "with jax.device_put, or pass a numpy array."
             )
 
 
@@ -311,7 +314,7 @@ def devices_mesh(mesh: Mesh) -> DeviceMesh:
 
 
 def topology_mesh(mesh: Mesh, topology: Any) -> DeviceMesh:
-    """A mesh of the devices of a `jax.sharding.Mesh` or a `jax.experimental.topologies` description.
+    """A mesh of the devices of `topology`, a jax mesh or a `jax.experimental.topologies` one.
 
     Raises:
       MeshError: its devices, or its axes, are not those of `mesh`.
@@ -354,6 +357,16 @@ def _pad(x: Any, shape: Sequence[int]) -> Any:
     widths += [(0, 0)] * (words.ndim - len(shape))
     zero = np.zeros((), words.dtype)
     return restore(lax.pad(words, zero, [(before, after, 0) for before, after in widths]))
+
+
+def _pad_now(x: Any, shape: Sequence[int]) -> Any:
+    """`_pad` of an array that is at hand, whatever mesh and trace the caller is in."""
+    mesh = jax.sharding.AbstractMesh((), ())
+    if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
+        plain = automatic(cast(DeviceMesh, x.sharding.mesh))
+        x, mesh = on_mesh(x, plain), plain.abstract_mesh
+    with jax.sharding.use_abstract_mesh(mesh), jax.ensure_compile_time_eval():
+        return _pad(x, shape)
 
 
 def _even(at: Layout, mesh: Mesh) -> Sharding:

@@ -5,6 +5,7 @@ Nothing here prints. Text is never read as markup, since types hold brackets: `f
 
 import collections
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def show_bytes(count: float) -> str:
 
 def runs(collective: Collective) -> int:
     """How often `collective` runs in a call; once where a loop without a bound hides the number."""
-    return max(collective.trips, 1)
+    return abs(collective.trips)
 
 
 def executions(plan: Plan) -> int:
@@ -52,10 +53,9 @@ def by_kind(plan: Plan) -> list[tuple[str, tuple[str, ...], int, float]]:
     return sorted(rows, key=lambda row: (-row[3], row[:2]))
 
 
-def largest(plan: Plan, count: int = 3) -> list[tuple[int, Collective]]:
-    """The numbers and collectives that send the most in a call, largest first."""
-    numbered = list(enumerate(plan.collectives))
-    return sorted(numbered, key=lambda item: -item[1].wire_bytes * runs(item[1]))[:count]
+def largest(plan: Plan, count: int = 3) -> list[Collective]:
+    """The collectives that send the most in a call, largest first."""
+    return sorted(plan.collectives, key=lambda c: -c.wire_bytes * runs(c))[:count]
 
 
 def summary(plan: Plan) -> RenderableType:
@@ -63,14 +63,14 @@ def summary(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [_mesh(plan), Text(), _collectives(plan)]
     if plan.collectives:
         parts += [Text(), Text("who caused the largest", HEAD)]
-        parts += [_cause(number, c) for number, c in largest(plan)]
+        parts += [_cause(c) for c in largest(plan)]
     if plan.findings:
         parts += [Text(), Text("findings", HEAD), *_findings(plan)]
     return Group(*parts)
 
 
 def _mesh(plan: Plan) -> Text:
-    mesh = plan.mesh
+    mesh = plan.user_mesh
     return Text.assemble(("mesh ", HEAD), f"{mesh} ", (f"({mesh.devices} devices)", FAINT))
 
 
@@ -88,15 +88,15 @@ def _collectives(plan: Plan) -> RenderableType:
     return Group(table, Text("per device and call", FAINT))
 
 
-def _cause(number: int, c: Collective) -> RenderableType:
+def _cause(c: Collective) -> RenderableType:
     times = f"{c.trips} × " if c.trips > 1 else ""
     loop = " in each turn of a loop without a bound" if c.trips < 0 else ""
     head = Text.assemble(
-        (f"#{number} ", "cyan"),
+        (f"#{c.number} ", "cyan"),
         f"{c.kind} over {show_axes(c.axes)}, {times}{show_bytes(c.wire_bytes)}{loop}",
-        (f"  {c.source}" if c.source else "", FAINT),
+        (f"  {c.phase}, {c.source}", FAINT),
     )
-    return Group(head, Padding(Text(c.why.strip()), (0, 0, 0, 5)))
+    return Group(head, Padding(Text(textwrap.dedent(c.why)), (0, 0, 0, 4)))
 
 
 def _findings(plan: Plan) -> list[RenderableType]:
@@ -116,15 +116,15 @@ def _findings(plan: Plan) -> list[RenderableType]:
 def plan_json(plan: Plan) -> dict[str, Any]:
     """What `--json` prints: the summary with every collective, in plain types."""
     return {
-        "mesh": dict(plan.mesh.axes),
-        "devices": plan.mesh.devices,
+        "mesh": dict(plan.user_mesh.axes),
+        "devices": plan.user_mesh.devices,
         "wire_bytes": plan.wire_bytes,
         "executions": executions(plan),
         "by_kind": [
             {"kind": kind, "axes": list(axes), "executions": count, "wire_bytes": wire}
             for kind, axes, count, wire in by_kind(plan)
         ],
-        "collectives": [_collective_json(i, c) for i, c in enumerate(plan.collectives)],
+        "collectives": [_collective_json(c) for c in plan.collectives],
         "findings": [
             {"code": f.code, "message": f.message, "source": str(f.source or "")}
             for f in plan.findings
@@ -132,15 +132,17 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _collective_json(number: int, c: Collective) -> dict[str, Any]:
+def _collective_json(c: Collective) -> dict[str, Any]:
     return {
-        "number": number,
+        "number": c.number,
         "kind": c.kind,
         "axes": list(c.axes),
         "bytes": c.bytes,
         "wire_bytes": c.wire_bytes,
         "trips": c.trips,
         "source": c.source,
+        "phase": c.phase,
+        "type": c.type,
         "why": c.why,
     }
 

@@ -103,7 +103,9 @@ def _constraint(sharding: Any, rank: int, mesh: Mesh, where: str) -> Constraint 
 def _placed(leaf: Any, rank: int, mesh: Mesh) -> Constraint | None:
     """Where an argument lies already, if somebody put it there on a mesh like ours."""
     sharding = sharding_of(leaf)
-    if not same_mesh(sharding, mesh) or not getattr(leaf, "committed", True):
+    if not same_mesh(sharding, mesh):
+        return None
+    if not isinstance(leaf, jax.core.Tracer) and not getattr(leaf, "committed", True):
         return None
     return resolve(sharding, rank, mesh)
 

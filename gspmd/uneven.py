@@ -8,7 +8,7 @@ parameter with an uneven dim stays split from step to step, and nothing is gathe
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,19 +60,24 @@ class Uneven(np.lib.mixins.NDArrayOperatorsMixin):
         return self.padded.sharding
 
     @property
+    def mesh(self) -> DeviceMesh:
+        assert isinstance(self.sharding.mesh, DeviceMesh)
+        return self.sharding.mesh
+
+    @property
     def spec(self) -> P:
         return self.sharding.spec
 
     @property
-    def addressable_shards(self) -> tuple[tuple[jax.Device, tuple[slice, ...], jax.Array], ...]:
-        """Per device of this process: the device, which part of the array it holds, and that part."""
-        shards: list[tuple[jax.Device, tuple[slice, ...], jax.Array]] = []
+    def addressable_shards(self) -> "tuple[Shard, ...]":
+        """What each device of this process holds, without the padding."""
+        shards: list[Shard] = []
         for shard in self.padded.addressable_shards:
             index = tuple(
                 slice(*part.indices(n)) for part, n in zip(shard.index, self.shape, strict=True)
             )
             held = tuple(slice(max(part.stop - part.start, 0)) for part in index)
-            shards.append((shard.device, index, shard.data[held]))
+            shards.append(Shard(shard.device, index, shard.data[held]))
         return tuple(shards)
 
     def block_until_ready(self) -> "Uneven":
@@ -94,10 +99,14 @@ class Uneven(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __jax_array__(self) -> jax.Array:
         """The ordinary array: its uneven dims are gathered, the others stay split."""
-        return _whole(self.padded.sharding, self.shape)(on_mesh(self.padded, AxisType.Auto))
+        mesh = self.mesh
+        plain = automatic(mesh)
+        with jax.sharding.use_abstract_mesh(plain.abstract_mesh), jax.ensure_compile_time_eval():
+            cut = _whole(NamedSharding(plain, self.spec), self.shape)
+            return on_mesh(cut(on_mesh(self.padded, plain)), mesh)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any, **kwargs: Any) -> Any:
-        """What numpy's operators and functions give: a `jax.Array`, by the function of that name."""
+        """The result of an operator, a `jax.Array`: by jax.numpy's function of the same name."""
         if method != "__call__":
             return NotImplemented
         kwargs.pop("out", None)  # `u += 1` makes another array, as for any `jax.Array`
@@ -135,17 +144,28 @@ class Uneven(np.lib.mixins.NDArrayOperatorsMixin):
         return show_type(self.shape, self.dtype, Sharding((*dims, *whole)))
 
 
-def on_mesh(x: jax.Array, kind: AxisType) -> jax.Array:
-    """`x`, the same buffers, on its mesh with axes of the given kind."""
-    old = x.sharding
-    assert isinstance(old, NamedSharding) and isinstance(old.mesh, DeviceMesh)
-    sharding = NamedSharding(_of_kind(old.mesh, kind), old.spec)
+class Shard(NamedTuple):
+    """One device's part of an array: `data` is `array[index]`."""
+
+    device: Any
+    index: tuple[slice, ...]
+    data: jax.Array
+
+
+def automatic(mesh: DeviceMesh) -> DeviceMesh:
+    """`mesh` with axes which all are Auto: there, arrays can be cut and padded at will."""
+    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    return DeviceMesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+
+
+def on_mesh(x: jax.Array, mesh: DeviceMesh) -> jax.Array:
+    """`x`, the same buffers, on another mesh of the same devices and names."""
+    assert isinstance(x.sharding, NamedSharding)
+    if x.sharding.mesh == mesh:
+        return x
+    sharding = NamedSharding(mesh, x.sharding.spec)
     buffers = [shard.data for shard in x.addressable_shards]
     return jax.make_array_from_single_device_arrays(x.shape, sharding, buffers)
-
-
-def _of_kind(mesh: DeviceMesh, kind: AxisType) -> DeviceMesh:
-    return DeviceMesh(mesh.devices, mesh.axis_names, axis_types=(kind,) * mesh.devices.ndim)
 
 
 def _axes(entry: Any) -> tuple[str, ...]:
@@ -164,5 +184,5 @@ def _whole(sharding: NamedSharding, shape: tuple[int, ...]) -> Callable[[jax.Arr
             for n, entry in zip(shape, sharding.spec, strict=False)
         )
     )
-    kept = NamedSharding(_of_kind(mesh, AxisType.Auto), spec)
-    return jax.jit(lambda x: x[tuple(slice(n) for n in shape)], out_shardings=kept)
+    where = tuple(slice(n) for n in shape)
+    return jax.jit(lambda x: x[where], out_shardings=NamedSharding(mesh, spec))

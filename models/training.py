@@ -216,7 +216,11 @@ def _open(config: TrainConfig, resume: bool) -> Generator[Checkpoints]:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=config.keep, enable_async_checkpointing=False
     )
-    with ocp.CheckpointManager(config.checkpoints.absolute(), options=options) as manager:
+    with ocp.CheckpointManager(
+        config.checkpoints.absolute(),
+        options=options,
+        item_handlers=ocp.StandardCheckpointHandler(),
+    ) as manager:
         if not resume and manager.latest_step() is not None:
             raise CheckpointError(
                 f"{manager.directory} holds a run of {manager.latest_step()} steps already; "

@@ -23,7 +23,7 @@ def batched(op: Op, core: int, linear: tuple[tuple[int, ...], ...] = ()) -> Fact
     )
 
 
-@rule("cholesky", "cholesky_update", "eig", "eigh", "geqp3", "geqrf", "hessenberg", "lu")
+@rule("cholesky", "cholesky_update", "eig", "eigh", "geqrf", "hessenberg", "lu")
 @rule("householder_product", "qr", "schur", "svd", "tridiagonal")
 def decomposition(op: Op) -> FactorRule:
     return batched(op, core=2)
