@@ -178,9 +178,7 @@ def _one_reduction(rule: FactorRule, split: tuple[Axes, ...]) -> tuple[Axes, ...
 NOTHING: tuple[Axes, ...] = ()
 
 
-def _flows(
-    situation: Situation, axes: tuple[Axes, ...]
-) -> Iterator[tuple[dict[int, Axes], str]]:
+def _flows(situation: Situation, axes: tuple[Axes, ...]) -> Iterator[tuple[dict[int, Axes], str]]:
     """Which operands may stay partial through the op: none, or one linear group of them."""
     yield {}, "sum"
     used = {a for part in axes for a in part}
@@ -213,7 +211,9 @@ def _evaluate(
     ):
         needs = Sharding(required(dims, axes), flow.get(i, ()), reduction)
         if have:
-            cost += min(reshard_cost(shape, dtype, mesh, s, needs) for s in have if _reaches(s, needs))
+            cost += min(
+                reshard_cost(shape, dtype, mesh, s, needs) for s in have if _reaches(s, needs)
+            )
         ins.append(needs)
     owed = tuple(a for part in dict.fromkeys(flow.values()) for a in part)
     outs: list[Sharding] = []

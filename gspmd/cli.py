@@ -5,28 +5,23 @@ by Ctrl-C. An error is one sentence on stderr; `--debug` shows its traceback as 
 """
 
 import contextlib
-import json
-import os
 import sys
-import traceback
-from collections.abc import Generator, Iterator
-from typing import IO, Annotated, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
 
 try:
     import typer
-    from rich.console import Console, RenderableType
     from rich.text import Text
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"gspmd: the command line needs {missing.name}; run: pip install 'gspmd[cli]'"
     ) from missing
 
-from gspmd.errors import GspmdError, StrictError
-from gspmd.load import describe, make_plan, read_bytes, read_rules, read_subject
+from gspmd.load import make_plan, read_bytes, read_rules, read_subject
 from gspmd.plan import Plan
 from gspmd.show import executions, plan_json, show_bytes, summary
-
-FINE, LIMIT_BROKEN, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+from gspmd.terminal import LIMIT_BROKEN, complain, plain_errors, say, say_json
 
 app = typer.Typer(
     help="A partitioner you can read: plan, explain and run annotated JAX programs on a mesh.",
@@ -85,13 +80,13 @@ def plan_command(
         broken = list(_broken(made, limit, max_collectives))
         if as_json:
             text = {"program": str(made)} if program else {}
-            _print_json({**plan_json(made), **text, "broken_limits": broken})
+            say_json({**plan_json(made), **text, "broken_limits": broken})
         else:
-            _print(summary(made))
+            say(summary(made))
             if program:
-                _print(Text(f"\n{made}"))
+                say(Text(f"\n{made}"))
         for sentence in broken:
-            _complain(sentence)
+            complain(sentence)
         if broken:
             raise typer.Exit(LIMIT_BROKEN)
 
@@ -112,9 +107,69 @@ def explain(
         made = _plan(target, mesh, rules, strict=False)
         why = str(made.why(int(what) if what.isdecimal() else what))
         if as_json:
-            _print_json({"about": what, "why": why})
+            say_json({"about": what, "why": why})
         else:
-            _print(Text(why))
+            say(Text(why))
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="The model: transformer.")],
+    mesh: Annotated[str, typer.Option("--mesh", metavar="AXES", help="Such as data=2,model=4.")],
+    config: Annotated[str, typer.Option(help="The model's size: tiny, small, ...")] = "tiny",
+    strategy: Annotated[str, typer.Option(help="What splits what: data, fsdp, tensor, 2d.")] = "2d",
+    steps: Annotated[int, typer.Option(min=1)] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in a step.")] = 16,
+    seq: Annotated[int | None, typer.Option(min=1, help="Bytes in a sequence.")] = None,
+    dropout: Annotated[float | None, typer.Option(min=0.0, max=0.99)] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Save the state here, now and then.")
+    ] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the latest checkpoint in DIR.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the loss curve here as well.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Bytes of text to write at the end.")] = 200,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model on the source files of Python's standard library, partitioned over a mesh.
+
+    Where this machine has too few accelerators for the mesh, CPU devices stand in for them.
+    """
+    with plain_errors(debug):
+        from gspmd import job, trainer  # with flax and optax, which planning does without
+
+        made = job.make_job(
+            model,
+            config=config,
+            seq=seq,
+            dropout=dropout,
+            mesh=mesh,
+            strategy=strategy,
+            batch_size=batch,
+            steps=steps,
+            seed=seed,
+            checkpoints=checkpoint,
+            save_every=save_every,
+        )
+        trainer.train(made, resume=resume, plot=plot, sample=sample, as_json=as_json)
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=2)] = 60,
+    debug: Debug = False,
+) -> None:
+    """Train a tiny Transformer on 8 CPU devices and show what happens, in two minutes."""
+    with plain_errors(debug):
+        from gspmd import trainer
+
+        trainer.demo(steps)
 
 
 def _plan(target: str, mesh: str | None, rules: list[str] | None, strict: bool) -> Plan:
@@ -134,48 +189,3 @@ def _broken(plan: Plan, wire_bytes: float | None, collectives: int | None) -> It
             f"a call executes {executions(plan)} collectives, more than the {collectives} of "
             "--max-collectives."
         )
-
-
-@contextlib.contextmanager
-def plain_errors(debug: bool) -> Generator[None]:
-    """Turns an exception into a sentence on stderr and its exit code."""
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(FINE) from None
-    except KeyboardInterrupt:
-        _complain("stopped.")
-        raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        _complain(_sentence(error))
-        raise typer.Exit(LIMIT_BROKEN if isinstance(error, StrictError) else BAD_INPUT) from None
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, GspmdError):
-        return str(error)
-    return f"{describe(error)} Run again with --debug for the traceback."
-
-
-def _complain(sentence: str) -> None:
-    print(f"gspmd: {sentence}", file=sys.stderr)  # noqa: T201
-
-
-def console(file: IO[str] | None = None) -> Console:
-    """Colors and the terminal's width on a terminal, else plain text in lines of any length."""
-    file = file or sys.stdout
-    narrow = file.isatty() or "COLUMNS" in os.environ
-    return Console(file=file, width=None if narrow else 10_000, highlight=False, markup=False)
-
-
-def _print(what: RenderableType) -> None:
-    console().print(what)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2))  # noqa: T201

@@ -198,4 +198,3 @@ def graph(context: Context, collectives: Sequence[Op]) -> "nx.DiGraph[str]":
             g.add_edges_from((key, value_node(x)) for x in body.ins)
             g.add_edges_from((value_node(x), key) for x in values_of(body.outs))
     return g
-

@@ -1,5 +1,6 @@
 """A training job: a reference model, a text, a mesh, and the loop that joins them."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -14,7 +15,7 @@ from gspmd.errors import GspmdError
 from gspmd.models import text, training, transformer
 from gspmd.plan import Plan, plan
 from gspmd.sharding import Mesh
-from gspmd.specs import nearest
+from gspmd.specs import nearest, read_mesh
 
 MODELS: Mapping[str, ModuleType] = MappingProxyType({"transformer": transformer})
 
@@ -31,7 +32,7 @@ class Job:
     """What is trained, and on which devices. The same job gives the same losses, on any mesh."""
 
     config: transformer.Config
-    training: training.TrainConfig
+    schedule: training.TrainConfig
     batch_size: int
     rules: Mapping[str, str | tuple[str, ...] | None]
     devices: jax.sharding.Mesh
@@ -39,12 +40,10 @@ class Job:
     @functools.cached_property
     def plan(self) -> Plan:
         """The plan of one training step on the mesh."""
-        optimizer = training.make_optimizer(self.training)
-        fresh = functools.partial(
-            training.init_state, self._init, optimizer, self.training.seed
-        )
+        optimizer = training.make_optimizer(self.schedule)
+        fresh = functools.partial(training.init_state, self._init, optimizer, self.schedule.seed)
         return plan(
-            training.make_step(self._loss, optimizer, self.training.seed),
+            training.make_step(self._loss, optimizer, self.schedule.seed),
             jax.eval_shape(fresh),
             self._batch(0),
             mesh=self.devices,
@@ -60,14 +59,14 @@ class Job:
 
     def train_alone(self, on_step: Callable[[training.Record], None]) -> training.State:
         """The same on one device, by `jax.jit`, without this library."""
-        alone = dataclasses.replace(self.training, checkpoints=None)
-        return dataclasses.replace(self, training=alone)._train(on_step)
+        alone = dataclasses.replace(self.schedule, checkpoints=None)
+        return dataclasses.replace(self, schedule=alone)._train(on_step)
 
     def _train(
         self, on_step: Callable[[training.Record], None], resume: bool = False, **how: Any
     ) -> training.State:
         return training.train(
-            self.training,
+            self.schedule,
             self._init,
             self._loss,
             self._batch,
@@ -83,7 +82,7 @@ class Job:
             training.to_host(state["params"]),
             text.encode(prompt),
             length,
-            jax.random.key(self.training.seed),
+            jax.random.key(self.schedule.seed),
             temperature=0.7,
         )
         return text.decode(tokens)
@@ -103,27 +102,51 @@ class Job:
     def _batch(self, step: int) -> Mapping[str, Any]:
         return text.batch(
             self._text.train,
-            seed=self.training.seed,
+            seed=self.schedule.seed,
             step=step,
             batch_size=self.batch_size,
             seq=self.config.seq,
         )
 
 
-def find_config(model: str, name: str, **changes: Any) -> transformer.Config:
-    """The configuration `name` of `model`, with those `changes` that are not None.
+def make_job(
+    model: str,
+    *,
+    config: str,
+    mesh: str,
+    strategy: str,
+    batch_size: int,
+    seq: int | None = None,
+    dropout: float | None = None,
+    **schedule: Any,
+) -> Job:
+    """The job of training `model` in size `config`, its dims split as `strategy` says.
+
+    `schedule` are fields of `TrainConfig`. Sets up jax's devices: see `devices_for`.
 
     Raises:
-      JobError: no such model or configuration.
+      JobError: no such model or configuration, or too few devices.
+      GspmdError: a malformed mesh, an unknown strategy.
     """
     if model not in MODELS:
         raise JobError(f"{model!r} is not a model{nearest(model, MODELS)} {_choice(MODELS)}")
-    configs = MODELS[model].CONFIGS
-    if name not in configs:
-        near = nearest(name, configs)
-        raise JobError(f"{name!r} is not a configuration of {model}{near} {_choice(configs)}")
-    given = {key: value for key, value in changes.items() if value is not None}
-    return dataclasses.replace(configs[name], **given)
+    known = MODELS[model].CONFIGS
+    if config not in known:
+        raise JobError(
+            f"{config!r} is not a configuration of {model}{nearest(config, known)} {_choice(known)}"
+        )
+    changes = {"seq": seq, "dropout": dropout}
+    sizes = dataclasses.replace(
+        known[config], **{key: value for key, value in changes.items() if value is not None}
+    )
+    logical, _ = read_mesh(mesh)
+    return Job(
+        sizes,
+        training.TrainConfig(**schedule),
+        batch_size,
+        MODELS[model].rules_for(strategy, logical.names),
+        devices_for(logical),
+    )
 
 
 def _choice(known: Mapping[str, Any]) -> str:
@@ -138,11 +161,8 @@ def devices_for(mesh: Mesh) -> jax.sharding.Mesh:
     Raises:
       JobError: jax runs already, with fewer devices.
     """
-    if jax.config.jax_num_cpu_devices != mesh.devices:
-        try:
-            jax.config.update("jax_num_cpu_devices", mesh.devices)
-        except RuntimeError:  # jax runs already, with the devices that it has
-            pass
+    with contextlib.suppress(RuntimeError):  # jax runs already, with the devices that it has
+        jax.config.update("jax_num_cpu_devices", mesh.devices)
     if _only_compiles_for_tpu():
         jax.config.update("jax_platforms", "cpu")
     devices = jax.devices()
@@ -160,5 +180,6 @@ def devices_for(mesh: Mesh) -> jax.sharding.Mesh:
 def _only_compiles_for_tpu() -> bool:
     """Whether libtpu is there without any accelerator: jax would report at length that it fails."""
     present = any((Path("/dev") / name).exists() for name in _ACCELERATORS)
-    chosen = jax.config.jax_platforms
-    return not chosen and not present and importlib.util.find_spec("libtpu") is not None
+    if present or jax.config.values["jax_platforms"]:
+        return False
+    return importlib.util.find_spec("libtpu") is not None

@@ -9,11 +9,13 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, TypeGuard, cast
+from typing import Any, cast
 
 from gspmd.errors import GspmdError
+from gspmd.partitioned import Partitioned
 from gspmd.plan import Plan, plan
 from gspmd.specs import nearest
+from gspmd.terminal import InputError
 
 Rules = dict[str, str | tuple[str, ...] | None]
 
@@ -26,10 +28,6 @@ _UNITS = {
     for base, suffix in ((1000, "B"), (1024, "iB"))
     for power, prefix in enumerate(("", "k", "M", "G", "T", "P"))
 }
-
-
-class InputError(GspmdError, ValueError):
-    """The command line, or a file that it names, cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +54,12 @@ def read_subject(target: str) -> Subject:
     if found is None:
         functions = [n for n, x in vars(module).items() if callable(x) and not n.startswith("_")]
         raise InputError(f"{path} has no function {name!r}{nearest(name, functions)}")
-    if is_partitioned(found):
+    if isinstance(found, Partitioned):
         return Subject(found)
     if not callable(found):
         raise InputError(f"{target} is a {type(found).__name__}, not a function: {EXPECTED}.")
     _takes_nothing(found, target)
     return _subject(_call(found, path, f"{target} failed"), target)
-
-
-def is_partitioned(fn: object) -> "TypeGuard[_Partitioned]":
-    """Whether `fn` is a function that carries a mesh: the result of gspmd.partition."""
-    return callable(fn) and callable(getattr(fn, "plan", None))
-
-
-class _Partitioned(Protocol):
-    def plan(self, *args: Any) -> Plan: ...
 
 
 def _takes_nothing(fn: Callable[..., Any], target: str) -> None:
@@ -139,14 +128,11 @@ def make_plan(subject: Subject, mesh: str | None, rules: Rules, strict: bool = F
       InputError: there is no mesh.
       GspmdError: the program cannot be planned.
     """
-    fn, options = subject.fn, dict(subject.options)
-    if is_partitioned(fn):
-        if mesh is not None or rules or strict or options:
-            raise InputError(
-                "the function is decorated with gspmd.partition, which says mesh, rules and strict "
-                "already; leave them out here, or plan the function that it decorates."
-            )
-        return fn.plan(*subject.args)
+    fn = subject.fn
+    options: dict[str, Any] = dict(subject.options)
+    if isinstance(fn, Partitioned):
+        options = dict(fn.options) | {"mesh": fn.mesh} | options
+        fn = inspect.unwrap(fn)
     if mesh is not None:
         options["mesh"] = mesh
     if options.get("mesh") is None:

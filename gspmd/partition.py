@@ -30,7 +30,7 @@ from gspmd.ir import (
     Value,
     values_of,
 )
-from gspmd.reshard import Step, block, permutation, reshard_cost, reshard_steps
+from gspmd.reshard import Step, permutation, reshard_cost, reshard_steps
 from gspmd.rules import factor_rule
 from gspmd.rules.control import CONTROL, Tie, ties
 from gspmd.rules.factor import REDUCTIONS, RULES, FactorRule, Split
@@ -220,9 +220,7 @@ class _Scope:
                 params = MappingProxyType({**op.params, **op_rule.params(op, split)})
             if op_rule.call is not None:
                 call = op_rule.call(op, split)
-        self.ops.append(
-            Op(op.name, tuple(ins), tuple(outs), params, source=op.source, call=call)
-        )
+        self.ops.append(Op(op.name, tuple(ins), tuple(outs), params, source=op.source, call=call))
         for x, made, mine in zip(op.outs, choice.outs, outs, strict=True):
             self.versions[x] = {made: mine}
 
@@ -381,9 +379,7 @@ class _Scope:
             )
             for b, body in enumerate(op.bodies)
         )
-        outs = tuple(
-            self.state.local_value(v, s) for v, s in zip(op.outs, results, strict=True)
-        )
+        outs = tuple(self.state.local_value(v, s) for v, s in zip(op.outs, results, strict=True))
         self.ops.append(Op(op.name, tuple(ins), outs, op.params, bodies, op.source, op.call))
         for value, sharding, mine in zip(op.outs, results, outs, strict=True):
             self.versions[value] = {sharding: mine}

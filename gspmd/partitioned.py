@@ -10,6 +10,7 @@ from jax import tree_util
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gspmd._compat import is_tracer
 from gspmd.arguments import abstract, flatten_arguments, function_name
 from gspmd.errors import TraceError
 from gspmd.plan import Plan, plan
@@ -34,7 +35,7 @@ class Partitioned:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         made = self.plan(*args, **kwargs)
         leaves = tree_util.tree_leaves((args, kwargs))
-        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        if any(is_tracer(x) for x in leaves):
             return self._traced(made, args, kwargs)
         return made.run(*args, **kwargs)
 
@@ -170,7 +171,9 @@ def partition(
       SpecError, MeshError: the mesh or the rules are wrong; all else is found at the first call.
     """
     if not callable(fn):
-        raise TraceError(f"gspmd.partition takes a function, got {fn!r} of type {type(fn).__name__}.")
+        raise TraceError(
+            f"gspmd.partition takes a function, got {fn!r} of type {type(fn).__name__}."
+        )
     logical, _ = read_mesh(mesh)
     check_rules(rules, logical)
     options = {

@@ -24,7 +24,16 @@ from gspmd.optimize import optimize
 from gspmd.partition import Finding, partition
 from gspmd.printing import show
 from gspmd.propagate import Propagated, propagate
-from gspmd.sharding import Axes, Constraint, Mesh, Sharding, itemsize, merge_sub_axes, root_axis, show_axes
+from gspmd.sharding import (
+    Axes,
+    Constraint,
+    Mesh,
+    Sharding,
+    itemsize,
+    merge_sub_axes,
+    root_axis,
+    show_axes,
+)
 from gspmd.specs import AnyMesh, Rules, check_rules, nearest, read_mesh, resolve, spec_tree, to_spec
 from gspmd.trace import Traced, trace
 
@@ -144,9 +153,7 @@ class Plan:
     @property
     def flat_shardings(self) -> tuple[tuple[NamedSharding, ...], tuple[NamedSharding, ...]]:
         """The flat specs with the mesh, so that no rule can give their names another meaning."""
-        mesh = AbstractMesh(
-            tuple(size for _, size in self.user_mesh.axes), self.user_mesh.names
-        )
+        mesh = AbstractMesh(tuple(size for _, size in self.user_mesh.axes), self.user_mesh.names)
         ins, outs = (tuple(NamedSharding(mesh, p) for p in side) for side in self.flat_specs)
         return ins, outs
 
@@ -170,7 +177,9 @@ class Plan:
                 return "\n\n".join(f"{c}\n{c.why}" for c in here)
             values = self._at_line(x)
             if not values:
-                raise GspmdError(f"no op of this plan comes from {x!r}; print(plan) lists the lines.")
+                raise GspmdError(
+                    f"no op of this plan comes from {x!r}; print(plan) lists the lines."
+                )
             return "\n".join(explain.why_value(v, self._context) for v in values)
         return explain.why_value(self._find(x), self._context)
 
@@ -447,4 +456,3 @@ def _unbounded(program: Program) -> tuple[Finding, ...]:
         for op, trips in program.walk()
         if trips < 0 and op.name in COLLECTIVES
     )
-

@@ -80,7 +80,9 @@ def _body_name(op: Op, k: int) -> str:
 def _params(op: Op) -> str:
     """The params that say what an op does; shapes and defaults are seen in the types already."""
     if op.name in COLLECTIVES and "axes" in op.params:
-        rest = {k: v for k, v in op.params.items() if k != "axes" and (k, v) != ("reduction", "sum")}
+        rest = {
+            k: v for k, v in op.params.items() if k != "axes" and (k, v) != ("reduction", "sum")
+        }
         return f"[{show_axes(op.params['axes'])}]" + _list(rest)
     return _list({k: v for k, v in op.params.items() if k in SHOWN_PARAMS and v is not None})
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from gspmd.ir import Op, Operand, Program, Source, Value
 from gspmd.rules import factor_rule
 from gspmd.rules.control import CONTROL, ties
-from gspmd.rules.factor import FactorRule
+from gspmd.rules.factor import Dims, FactorRule
 from gspmd.sharding import Axes, Constraint, Mesh, Sharding, itemsize
 
 Place = tuple[Value, int, str]  # a mesh axis on a dim of a value
@@ -45,12 +45,34 @@ class Propagated:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class _Tensor:
+    """One end of an edge: a value, the factors of its dims, and on which side of the op it is."""
+
+    value: Value
+    factors: Dims
+    is_result: bool
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Edge:
+    """An op, or one tie of a control-flow op. `aligned`: all tensors have the same factors."""
+
     rule: FactorRule
-    ins: tuple[Operand, ...]
-    outs: tuple[Operand, ...]
+    tensors: tuple[_Tensor, ...]
+    aligned: bool
     label: str
     source: Source | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
+class _Offer:
+    """A tensor of an edge that splits a factor; the largest tensor comes first."""
+
+    minus_bytes: float
+    tensor: int
+    dim: int
+    axes: Axes
 
 
 def project(
@@ -86,13 +108,15 @@ def project(
 def propagate(program: Program, mesh: Mesh, fixed: Mapping[Value, Constraint]) -> Propagated:
     """Completes the sharding of every value of `program`.
 
-    `fixed` are the inputs whose dims the user set (None = open); `constraint` ops in the program fix
-    their results likewise. What is fixed never changes.
+    `fixed` are the inputs whose dims the user set (None = open); `constraint` ops in the program
+    fix their results likewise. What is fixed never changes.
     """
     return _Propagation(program, mesh, fixed).run()
 
 
 class _Propagation:
+    """The state of one fixed point; `propagate` is its only user."""
+
     def __init__(self, program: Program, mesh: Mesh, fixed: Mapping[Value, Constraint]) -> None:
         self.mesh = mesh
         self.dims: dict[Value, list[Axes]] = {}
@@ -121,11 +145,8 @@ class _Propagation:
             for body in op.bodies:
                 self._collect(body)
             for edge in _edges(op):
-                for x in (*edge.ins, *edge.outs):
-                    if isinstance(x, Value):
-                        touching = self.edges_of[x]
-                        if not touching or touching[-1] != len(self.edges):
-                            touching.append(len(self.edges))
+                for value in dict.fromkeys(tensor.value for tensor in edge.tensors):
+                    self.edges_of[value].append(len(self.edges))
                 self.edges.append(edge)
             if op.name == "constraint":
                 label = op.params["label"]
@@ -147,8 +168,8 @@ class _Propagation:
                     self.origins[value, dim, axis] = origin
 
     def _fixed_point(self, level: int) -> None:
-        queue = collections.deque(range(len(self.edges)))
-        queued = [True] * len(self.edges)
+        queued = [_wakes(edge, level) for edge in self.edges]
+        queue = collections.deque(i for i, waiting in enumerate(queued) if waiting)
         while queue:
             i = queue.popleft()
             queued[i] = False
@@ -160,121 +181,140 @@ class _Propagation:
 
     def _visit(self, edge: _Edge, level: int) -> list[Value]:
         """Carries axes along one edge; returns the values that changed."""
-        tensors = (*edge.ins, *edge.outs)
-        if not any(isinstance(x, Value) and self.used[x] for x in tensors):
+        if edge.aligned:
+            first = self.dims[edge.tensors[0].value]
+            if all(self.dims[tensor.value] == first for tensor in edge.tensors[1:]):
+                return []
+        offers = self._offers(edge)
+        if not offers:
             return []
         changed: list[Value] = []
-        forward, backward = edge.rule.forward <= level, edge.rule.backward <= level
-        count = len(edge.ins)
-        factor_dims = (*edge.rule.ins, *edge.rule.outs)
-        proposals = self._proposals(edge, tensors, factor_dims)
-        for t, x in enumerate(tensors):
-            if not isinstance(x, Value):
-                continue
-            for dim, factors in enumerate(factor_dims[t]):
-                wanted = self._wanted(edge.rule, factors, proposals, t, count, forward, backward, level)
-                if wanted and self._extend(edge, x, dim, factors, wanted):
-                    changed.append(x)
+        for t, tensor in enumerate(edge.tensors):
+            for dim, factors in enumerate(tensor.factors):
+                wanted = self._wanted(edge, t, factors, offers, level)
+                if wanted and self._extend(edge, tensor, dim, wanted):
+                    changed.append(tensor.value)
         return changed
 
-    def _proposals(
-        self, edge: _Edge, tensors: Sequence[Operand], factor_dims: Sequence[tuple[tuple[int, ...], ...]]
-    ) -> dict[int, list[tuple[float, int, int, Axes]]]:
-        """Per factor: (-bytes, tensor, dim, axes) of every tensor that splits it, largest first."""
-        found: dict[int, list[tuple[float, int, int, Axes]]] = {}
-        for t, x in enumerate(tensors):
-            if not isinstance(x, Value) or not self.used[x]:
+    def _offers(self, edge: _Edge) -> dict[int, list[_Offer]]:
+        """Who splits each factor now."""
+        found: dict[int, list[_Offer]] = {}
+        kinds = edge.rule.kinds
+        for t, tensor in enumerate(edge.tensors):
+            if not self.used[tensor.value]:
                 continue
-            weight = -math.prod(x.shape) * itemsize(x.dtype)
-            for dim, factors in enumerate(factor_dims[t]):
-                axes = self.dims[x][dim]
+            dims = self.dims[tensor.value]
+            for dim, factors in enumerate(tensor.factors):
+                axes = dims[dim]
                 if not axes or not factors:
                     continue
-                split, cut = project(axes, factors, edge.rule.sizes, self.mesh)
-                if cut is not None:
-                    self.refinements[cut] = None
-                for f, part in split.items():
-                    if part and edge.rule.kinds[f] != "whole":
-                        found.setdefault(f, []).append((weight, t, dim, part))
+                for f, part in self._project(axes, factors, edge.rule).items():
+                    if part and kinds[f] != "whole":
+                        found.setdefault(f, []).append(_Offer(-tensor.bytes, t, dim, part))
         for offers in found.values():
             offers.sort()
         return found
 
+    def _project(self, axes: Axes, factors: tuple[int, ...], rule: FactorRule) -> dict[int, Axes]:
+        split, cut = project(axes, factors, rule.sizes, self.mesh)
+        if cut is not None:
+            self.refinements[cut] = None
+        return split
+
     def _wanted(
         self,
-        rule: FactorRule,
-        factors: tuple[int, ...],
-        proposals: dict[int, list[tuple[float, int, int, Axes]]],
+        edge: _Edge,
         target: int,
-        count: int,
-        forward: bool,
-        backward: bool,
+        factors: tuple[int, ...],
+        offers: Mapping[int, list[_Offer]],
         level: int,
     ) -> list[tuple[str, int, int]]:
-        """The axes that this dim should have, each with the (tensor, dim) that proposes it."""
+        """The axes that a dim of the target should have, each with the (tensor, dim) offering it.
+
+        The first offer leads; another counts where it goes on from there.
+        """
         wanted: list[tuple[str, int, int]] = []
         for f in factors:
             best: Axes = ()
-            room = rule.sizes[f]
-            for _, t, dim, axes in proposals.get(f, ()):
-                if t < count <= target:
-                    allowed = forward
-                elif target < count <= t:
-                    allowed = backward
-                elif t == target:
-                    allowed = True  # what it has is part of what it should have
-                else:  # between operands, or between results: only where no result holds the factor
-                    allowed = level >= 1 and (target >= count or rule.kinds[f] != "pass")
-                if allowed and len(axes) > len(best) and axes[: len(best)] == best:
-                    wanted += [(axis, t, dim) for axis in axes[len(best) :]]
+            for offer in offers.get(f, ()):
+                axes = offer.axes
+                if (
+                    len(axes) > len(best)
+                    and axes[: len(best)] == best
+                    and self._may_travel(edge, offer.tensor, target, f, level)
+                ):
+                    wanted += [(axis, offer.tensor, offer.dim) for axis in axes[len(best) :]]
                     best = axes
-            k = self.mesh.size(best)
-            if len(factors) > 1 and room != k:
-                break
+            if len(factors) > 1 and edge.rule.sizes[f] != self.mesh.size(best):
+                break  # the next factor's pieces would not be contiguous
         return wanted
 
+    def _may_travel(self, edge: _Edge, source: int, target: int, f: int, level: int) -> bool:
+        """Whether at this level an axis goes from one tensor of an edge to another."""
+        if source == target:
+            return True  # what it has is part of what it should have
+        was_result = edge.tensors[source].is_result
+        if was_result != edge.tensors[target].is_result:
+            return (edge.rule.backward if was_result else edge.rule.forward) <= level
+        # Between operands only what no result passes on: a contracted factor.
+        return level >= 1 and (was_result or edge.rule.kinds[f] != "pass")
+
     def _extend(
-        self,
-        edge: _Edge,
-        value: Value,
-        dim: int,
-        factors: tuple[int, ...],
-        wanted: list[tuple[str, int, int]],
+        self, edge: _Edge, tensor: _Tensor, dim: int, wanted: list[tuple[str, int, int]]
     ) -> bool:
         """Adds the wanted axes that fit on `dim`; True if there was one."""
-        closed = self.closed.get(value)
-        if closed is not None and closed[dim]:
-            return False
+        value, factors = tensor.value, tensor.factors[dim]
         have = self.dims[value][dim]
-        if len(wanted) <= len(have) or tuple(a for a, _, _ in wanted[: len(have)]) != have:
+        if len(wanted) <= len(have) or self.closed.get(value, _OPEN)[dim : dim + 1] == (True,):
             return False
-        tensors = (*edge.ins, *edge.outs)
+        if tuple(axis for axis, _, _ in wanted[: len(have)]) != have:
+            return False
         grown = have
         for axis, t, source_dim in wanted[len(have) :]:
-            if axis in self.used[value] or self.mesh.size((*grown, axis)) > value.shape[dim]:
+            longer = (*grown, axis)
+            if axis in self.used[value] or self.mesh.size(longer) > value.shape[dim]:
                 break
             if len(factors) > 1:
-                split, cut = project((*grown, axis), factors, edge.rule.sizes, self.mesh)
-                if sum(map(len, split.values())) <= len(grown):
-                    if cut is not None:
-                        self.refinements[cut] = None
+                split = self._project(longer, factors, edge.rule)
+                if sum(map(len, split.values())) < len(longer):
                     break
-            grown = (*grown, axis)
+            grown = longer
             self.used[value].add(axis)
-            origin = tensors[t]
-            assert isinstance(origin, Value)
-            self.origins[value, dim, axis] = Origin(
-                "op", edge.label, edge.source, (origin, source_dim, axis)
-            )
+            parent = (edge.tensors[t].value, source_dim, axis)
+            self.origins[value, dim, axis] = Origin("op", edge.label, edge.source, parent)
         self.dims[value][dim] = grown
         return grown != have
 
 
-def _edges(op: Op) -> Iterator[_Edge]:
-    if op.name in CONTROL:
-        for tie in ties(op):
-            label = f"{op.name} {tie.role}"
-            yield _Edge(tie.rule(op), tie.ins(op), tie.outs(op), label, op.source)
-    else:
-        yield _Edge(factor_rule(op), op.ins, op.outs, op.name, op.source)
+_OPEN: tuple[bool, ...] = ()
 
+
+def _wakes(edge: _Edge, level: int) -> bool:
+    """Whether an edge may carry more at `level` than at the level before."""
+    contracts = level == 1 and any(kind != "pass" for kind in edge.rule.kinds)
+    return contracts or level in (0, edge.rule.forward, edge.rule.backward)
+
+
+def _edges(op: Op) -> Iterator[_Edge]:
+    if op.name not in CONTROL:
+        yield _edge(factor_rule(op), op.ins, op.outs, op.name, op.source)
+        return
+    for tie in ties(op):
+        yield _edge(tie.rule(op), tie.ins(op), tie.outs(op), f"{op.name} {tie.role}", op.source)
+
+
+def _edge(
+    rule: FactorRule,
+    ins: Sequence[Operand],
+    outs: Sequence[Operand],
+    label: str,
+    source: Source | None,
+) -> _Edge:
+    sides = (*zip(ins, rule.ins, strict=True), *zip(outs, rule.outs, strict=True))
+    tensors = tuple(
+        _Tensor(x, dims, i >= len(ins), math.prod(x.shape) * itemsize(x.dtype))
+        for i, (x, dims) in enumerate(sides)
+        if isinstance(x, Value) and x.shape
+    )
+    aligned = bool(tensors) and all(t.factors == tensors[0].factors for t in tensors)
+    return _Edge(rule, tensors, aligned, label, source)

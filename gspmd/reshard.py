@@ -110,9 +110,7 @@ def _search(
 ) -> tuple[Step, ...]:
     if src == dst:
         return ()
-    bound = max(
-        _local_bytes(shape, size, mesh, src), _local_bytes(shape, size, mesh, dst)
-    )
+    bound = max(_local_bytes(shape, size, mesh, src), _local_bytes(shape, size, mesh, dst))
     for limit in (bound, math.inf):
         steps = _dijkstra(_Problem(shape, size, mesh, dst, limit), src)
         if steps is not None:
@@ -197,9 +195,7 @@ def _slices(problem: _Problem, state: Sharding) -> Iterator[Step]:
         tails += [(a,) for a in free if axes != goal or a in goal]
         for tail in dict.fromkeys(tails):
             if tail and nests(n, axes + tail, axes, problem.mesh):
-                yield problem.step(
-                    "slice", tail, state, state.with_dim(i, axes + tail), dim=i
-                )
+                yield problem.step("slice", tail, state, state.with_dim(i, axes + tail), dim=i)
 
 
 def _reductions(problem: _Problem, state: Sharding) -> Iterator[Step]:
@@ -229,9 +225,7 @@ def _gathers(problem: _Problem, state: Sharding) -> Iterator[Step]:
     for i, (axes, goal) in enumerate(zip(state.dims, problem.dst.dims, strict=True)):
         keep = _common(axes, goal)
         n = problem.shape[i]
-        lengths = {
-            j for j in range(keep, len(axes)) if nests(n, axes, axes[:j], problem.mesh)
-        }
+        lengths = {j for j in range(keep, len(axes)) if nests(n, axes, axes[:j], problem.mesh)}
         if axes != goal and axes and not nests(n, goal, axes, problem.mesh):
             lengths.add(0)
         if axes and len(lengths) < len(axes) - keep:
@@ -287,4 +281,3 @@ def permutation(step: Step) -> tuple[Axes, Axes]:
         return state.axes + tuple(a for a in union if a not in state.axes)
 
     return order(step.src), order(step.dst)
-

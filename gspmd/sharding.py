@@ -18,7 +18,6 @@ import numpy as np
 
 from gspmd.errors import MeshError
 
-
 Axes = tuple[str, ...]
 Constraint = tuple[Axes | None, ...]
 """What a user fixes of one tensor: per dim the axes that split it (`()` is whole), None where open."""
@@ -169,6 +168,7 @@ def show_dtype(dtype: Any) -> str:
     return name
 
 
+@functools.lru_cache(maxsize=256)
 def itemsize(dtype: Any) -> float:
     """Bytes of one element; half a byte for 4-bit integers; PRNG keys by their words."""
     name = str(getattr(dtype, "name", dtype))

@@ -4,13 +4,9 @@ Nothing here prints. Text is never read as markup, since types hold brackets: `f
 """
 
 import collections
-import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -96,7 +92,7 @@ def _cause(c: Collective) -> RenderableType:
         f"{c.kind} over {show_axes(c.axes)}, {times}{show_bytes(c.wire_bytes)}{loop}",
         (f"  {c.phase}, {c.source}", FAINT),
     )
-    return Group(head, Padding(Text(textwrap.dedent(c.why)), (0, 0, 0, 4)))
+    return Group(head, Padding(Text(textwrap.dedent(c.why)), (0, 0, 0, 4), expand=False))
 
 
 def _findings(plan: Plan) -> list[RenderableType]:
@@ -145,58 +141,3 @@ def _collective_json(c: Collective) -> dict[str, Any]:
         "type": c.type,
         "why": c.why,
     }
-
-
-def lines_with(path: Path, *marks: str) -> list[tuple[int, str]]:
-    """The numbers and texts of the lines of a file that hold one of `marks`."""
-    lines = enumerate(path.read_text().splitlines(), 1)
-    return [(i, line.strip()) for i, line in lines if any(mark in line for mark in marks)]
-
-
-# Braille cells are 2 dots wide and 4 high; the bit of each dot, by row and column.
-_DOTS = ((1, 8), (2, 16), (4, 32), (64, 128))
-
-
-def curve(values: Sequence[float], width: int = 64, height: int = 10, plain: bool = False) -> str:
-    """A line chart of `values` in braille, in ASCII if `plain`; "" for fewer than two numbers."""
-    ys = np.array([y for y in values if math.isfinite(y)])
-    if len(ys) < 2:
-        return ""
-    low, high = float(ys.min()), float(ys.max())
-    at = np.interp(np.linspace(0, len(ys) - 1, 2 * width), np.arange(len(ys)), ys)
-    rows = np.rint((high - at) / ((high - low) or 1.0) * (4 * height - 1)).astype(int)
-    cells = np.zeros((height, width), int)
-    for column, (row, before) in enumerate(zip(rows, [rows[0], *rows[:-1]], strict=True)):
-        for dot in range(min(row, before), max(row, before) + 1):
-            cells[dot // 4, column // 2] |= _DOTS[dot % 4][column % 2]
-    labels = {0: f"{high:.3g}", height - 1: f"{low:.3g}"}
-    edge, fill = ("|", _star) if plain else ("│", _braille)
-    lines = [
-        f"{labels.get(i, ''):>8} {edge}{''.join(map(fill, line))}".rstrip()
-        for i, line in enumerate(cells)
-    ]
-    steps = f"step {len(values)}"
-    return "\n".join([*lines, " " * 10 + "1" + steps.rjust(width - 1)])
-
-
-def _braille(bits: int) -> str:
-    return chr(0x2800 + int(bits))
-
-
-def _star(bits: int) -> str:
-    return "*" if bits else " "
-
-
-def save_curve(path: Path, curves: Mapping[str, Iterable[float]]) -> None:
-    """Draws the losses by step as an image; the format follows the name of `path`."""
-    from matplotlib.figure import Figure  # the extra `plot`; pyplot would keep global state
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for label, values in curves.items():
-        losses = list(values)
-        axes.plot(range(1, len(losses) + 1), losses, label=label)
-    axes.set(xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)

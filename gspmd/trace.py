@@ -17,7 +17,7 @@ from jax.extend.core import Literal as JaxLiteral
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gspmd._compat import Sources, bind
+from gspmd._compat import Sources, bind, is_tracer
 from gspmd.arguments import flatten_arguments, path_names, positions
 from gspmd.ir import NO_PARAMS, Literal, Op, Operand, Program, Source, Value
 from gspmd.jaxpr import is_explicit, make_jaxpr, sharding_of
@@ -105,7 +105,7 @@ def _placed(leaf: Any, rank: int, mesh: Mesh) -> Constraint | None:
     sharding = sharding_of(leaf)
     if not same_mesh(sharding, mesh):
         return None
-    if not isinstance(leaf, jax.core.Tracer) and not getattr(leaf, "committed", True):
+    if not is_tracer(leaf) and not getattr(leaf, "committed", True):
         return None
     return resolve(sharding, rank, mesh)
 

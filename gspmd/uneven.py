@@ -5,10 +5,11 @@ such sharding, so a partitioned function hands these out, and takes them back as
 parameter with an uneven dim stays split from step to step, and nothing is gathered in between.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,8 @@ class Uneven(np.lib.mixins.NDArrayOperatorsMixin):
         return show_type(self.shape, self.dtype, Sharding((*dims, *whole)))
 
 
-class Shard(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shard:
     """One device's part of an array: `data` is `array[index]`."""
 
     device: Any

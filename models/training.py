@@ -214,7 +214,7 @@ def _open(config: TrainConfig, resume: bool) -> Generator[Checkpoints]:
         yield Checkpoints(None)
         return
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep, enable_async_checkpointing=False
+        max_to_keep=config.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
     )
     with ocp.CheckpointManager(
         config.checkpoints.absolute(),

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from gspmd.errors import SpecError
-from gspmd.models import transformer
-from gspmd.models.training import TrainConfig, init_state, make_optimizer, make_step
+from gspmd.models import text, transformer
+from gspmd.models.training import TrainConfig, make_optimizer, make_step
 from gspmd.models.transformer import CONFIGS, RULES, Config, rules_for
 
-MINI = dataclasses.replace(
-    CONFIGS["tiny"], vocab=32, model_dim=16, hidden_dim=32, heads=2, head_dim=8, seq=8
-)
+MINI = dataclasses.replace(CONFIGS["tiny"], model_dim=16, hidden_dim=32, heads=2, head_dim=8, seq=8)
+
+# Here compiling is the work, not running.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def batch(config: Config, size: int = 2) -> dict[str, jax.Array]:
@@ -28,7 +29,7 @@ def batch(config: Config, size: int = 2) -> dict[str, jax.Array]:
 
 @functools.cache
 def params(config: Config = MINI) -> transformer.Params:
-    return jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
+    return jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
 
 
 # ------------------------------------------------------------------------------- sizes and shapes
@@ -56,7 +57,7 @@ def test_parameters_have_readable_paths_and_stacked_layers():
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves
     }
     assert shapes == {
-        "params/embedding": (32, 16),
+        "params/embedding": (256, 16),
         "params/final_norm/scale": (16,),
         "params/layers/attention/bias": (2, 2, 32),
         "params/layers/attention/wk": (2, 16, 2, 8),
@@ -71,9 +72,13 @@ def test_parameters_have_readable_paths_and_stacked_layers():
     }
 
 
-def test_layers_start_different():
-    wq_LMND = np.asarray(params()["layers"]["attention"]["wq"])
-    assert not np.array_equal(wq_LMND[0], wq_LMND[1])
+def test_layers_start_different_and_at_the_scale_of_the_paper():
+    M, N, D = MINI.model_dim, MINI.heads, MINI.head_dim
+    attention = jax.tree.map(np.asarray, params()["layers"]["attention"])
+    assert not np.array_equal(attention["wq"][0], attention["wq"][1])
+    stds = {name: attention[name].std() for name in ("wq", "wk", "wv", "wo")}
+    expected = {"wq": (M * D) ** -0.5, "wk": M**-0.5, "wv": M**-0.5, "wo": (N * D) ** -0.5}
+    assert stds == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -95,24 +100,22 @@ def test_position_buckets_are_those_of_t5():
 # ---------------------------------------------------------------------------------------- meaning
 
 
-def test_scanned_unrolled_and_rematerialized_layers_agree():
+def test_a_loop_with_rematerialization_equals_unrolled_layers_without():
     config = dataclasses.replace(MINI, dropout=0.1)
 
     def value_and_gradients(**variant: bool):
         loss = functools.partial(transformer.loss, dataclasses.replace(config, **variant))
-        return jax.jit(jax.value_and_grad(loss))(params(), batch(config), jax.random.key(2))
+        return jit(jax.value_and_grad(loss))(params(), batch(config), jax.random.key(2))
 
-    expected = value_and_gradients(scan=True, remat=False)
-    for variant in ({"scan": True, "remat": True}, {"scan": False, "remat": True}):
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-            value_and_gradients(**variant),
-            expected,
-        )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        value_and_gradients(scan=True, remat=True),
+        value_and_gradients(scan=False, remat=False),
+    )
 
 
 def test_a_position_sees_nothing_that_comes_after_it():
-    apply = jax.jit(functools.partial(transformer.apply, MINI))
+    apply = jit(functools.partial(transformer.apply, MINI))
     tokens_BS = batch(MINI)["inputs"]
     before = apply(params(), tokens_BS)
     after = apply(params(), tokens_BS.at[:, 5].add(1))
@@ -128,28 +131,29 @@ def test_loss_of_equal_scores_is_the_log_of_the_vocabulary():
 
 def test_dropout_follows_its_key_and_needs_one():
     config = dataclasses.replace(MINI, dropout=0.5)
-    loss = jax.jit(functools.partial(transformer.loss, config))
+    loss = jit(functools.partial(transformer.loss, config))
     args = params(), batch(config)
     assert loss(*args, jax.random.key(0)) == loss(*args, jax.random.key(0))
     assert loss(*args, jax.random.key(0)) != loss(*args, jax.random.key(1))
     np.testing.assert_allclose(loss(*args), transformer.loss(MINI, *args), rtol=1e-6)
 
 
-def test_loss_falls_within_twenty_steps():
-    optimizer = make_optimizer(TrainConfig(warmup=1, learning_rate=0.01))
-    loss = functools.partial(transformer.loss, MINI)
-    step = jax.jit(make_step(loss, optimizer, seed=0))
-    state = init_state(functools.partial(transformer.init, MINI), optimizer, seed=0)
+def test_loss_falls_within_twenty_steps_on_real_text():
+    train = text.standard_library().train
+    draw = functools.partial(text.batch, train, seed=0, batch_size=8, seq=MINI.seq)
+    optimizer = make_optimizer(TrainConfig(warmup=1, learning_rate=0.02))
+    step = jit(make_step(functools.partial(transformer.loss, MINI), optimizer, seed=0))
+    state = {"params": params(), "opt": optimizer.init(params()), "step": 0}
     losses = []
-    for _ in range(20):
-        state, metrics = step(state, batch(MINI))
+    for i in range(20):
+        state, metrics = step(state, draw(step=i))
         losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.7 * losses[0]
+    assert np.mean(losses[-5:]) < 0.8 * losses[0]
 
 
 def test_generate_at_temperature_zero_takes_the_likeliest_token_of_a_sliding_window():
     prompt = np.arange(MINI.seq - 2)
-    apply = jax.jit(functools.partial(transformer.apply, MINI))
+    apply = jit(functools.partial(transformer.apply, MINI))
     expected = list(prompt)
     for _ in range(5):
         window = expected[-MINI.seq :]

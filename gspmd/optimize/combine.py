@@ -1,8 +1,8 @@
 """Small reductions over the same axes travel together: one message instead of several.
 
-    #1 %1 = all_reduce[x] %0
-    #2 %3 = all_reduce[x] %2    ->    #1 %1, %3 = all_reduce[x] %0, %2
-    %4 = add %1, %3                   %4 = add %1, %3
+#1 %1 = all_reduce[x] %0
+#2 %3 = all_reduce[x] %2    ->    #1 %1, %3 = all_reduce[x] %0, %2
+%4 = add %1, %3                   %4 = add %1, %3
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Dead-code elimination: ops whose results nobody reads go.
 
-    %0 = tanh x
-    %1 = neg x            ->    %0 = tanh x
-    return %0                   return %0
+%0 = tanh x
+%1 = neg x            ->    %0 = tanh x
+return %0                   return %0
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """A reduction of which each device keeps its block only is a reduce_scatter: half the bytes.
 
-    #1 %0: f32[8] = all_reduce[x] %p
-    %1: f32[8@x] = shard[axes=x dim=0] %0    ->    #1 %1: f32[8@x] = reduce_scatter[x][dim=0] %p
+#1 %0: f32[8] = all_reduce[x] %p
+%1: f32[8@x] = shard[axes=x dim=0] %0    ->    #1 %1: f32[8@x] = reduce_scatter[x][dim=0] %p
 """
 
 import collections

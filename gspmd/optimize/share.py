@@ -1,8 +1,8 @@
 """Common-subexpression elimination: what is computed twice is computed once.
 
-    #1 %0 = all_gather[x] w
-    #2 %1 = all_gather[x] w    ->    #1 %0 = all_gather[x] w
-    %2 = add %0, %1                  %1 = add %0, %0
+#1 %0 = all_gather[x] w
+#2 %1 = all_gather[x] w    ->    #1 %0 = all_gather[x] w
+%2 = add %0, %1                  %1 = add %0, %0
 """
 
 import dataclasses

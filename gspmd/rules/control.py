@@ -79,7 +79,9 @@ def _while(op: Op) -> list[Tie]:
     ties = [Tie(f"condition's const {i}", i, ((0, i),)) for i in range(test)]
     ties += [Tie(f"const {i}", test + i, ((1, i),)) for i in range(body)]
     for k in range(len(op.outs)):
-        ties.append(Tie(f"carry {k}", test + body + k, ((1, body + k), (0, test + k)), ((1, k),), k))
+        ties.append(
+            Tie(f"carry {k}", test + body + k, ((1, body + k), (0, test + k)), ((1, k),), k)
+        )
     return ties
 
 

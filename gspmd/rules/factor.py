@@ -201,7 +201,9 @@ def register_rule(primitive: Any, text: str, **options: Any) -> None:
     _tensors(text)
 
     def factors(op: Op) -> FactorRule:
-        return FactorRule.parse(text, [x.shape for x in op.ins], [x.shape for x in op.outs], **options)
+        return FactorRule.parse(
+            text, [x.shape for x in op.ins], [x.shape for x in op.outs], **options
+        )
 
     RULES[name] = OpRule(factors)
 
@@ -287,13 +289,15 @@ class _Parser:
 
         sides: list[list[Dims]] = []
         for tensors, shapes in zip(self.tensors, self.shapes, strict=True):
-            sides.append([
-                tuple(
-                    tuple(number(name, n) for name in dim)
-                    for dim, n in zip(tensor, shape, strict=True)
-                )
-                for tensor, shape in zip(tensors, shapes, strict=True)
-            ])
+            sides.append(
+                [
+                    tuple(
+                        tuple(number(name, n) for name in dim)
+                        for dim, n in zip(tensor, shape, strict=True)
+                    )
+                    for tensor, shape in zip(tensors, shapes, strict=True)
+                ]
+            )
         made = f.rule(sides[0], sides[1], **options)
         return dataclasses.replace(made, names=tuple(names))
 

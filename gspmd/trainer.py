@@ -1,0 +1,163 @@
+"""`gspmd train` and `gspmd demo`: a training job, told while it happens."""
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+from typer import Exit
+
+from gspmd.chart import check_drawable, curve, save_curve
+from gspmd.job import Job, JobError, make_job
+from gspmd.models import transformer
+from gspmd.models.training import Record, State, tokens_per_second
+from gspmd.show import plan_json, summary
+from gspmd.terminal import LIMIT_BROKEN, complain, console, printable, say, say_json
+
+PROMPT = "def "
+SAME_LOSS = 1e-4  # relative: what sums of float32 in another order may amount to
+
+
+def train(job: Job, *, resume: bool, plot: Path | None, sample: int, as_json: bool) -> None:
+    """Trains, prints what happened, and `sample` bytes that the model writes."""
+    if resume and job.schedule.checkpoints is None:
+        raise JobError("--resume needs --checkpoint DIR, the folder to go on from.")
+    if plot is not None:
+        check_drawable(plot)
+    if not as_json:
+        say(summary(job.plan))
+        say("")
+    records, state = _run(job, resume)
+    if plot is not None and records:
+        save_curve(plot, _points(records))
+    text = job.sample(state, PROMPT, sample) if sample else ""
+    if as_json:
+        say_json({"plan": plan_json(job.plan), **_json(records), "sample": text})
+        return
+    say(_outcome(records))
+    if text:
+        say(Text(f"\n{printable(text)}"))
+
+
+def demo(steps: int) -> None:
+    """Shows the main job: annotations, the plan they lead to, training, the same losses."""
+    jax.config.update("jax_platforms", "cpu")  # the same show on every machine
+    job = make_job(
+        "transformer",
+        config="tiny",
+        mesh="data=2,model=4",
+        strategy="2d",
+        batch_size=16,
+        steps=steps,
+    )
+    _title("A Transformer, written for one device. These lines say what may be split:")
+    say(_annotations(Path(transformer.__file__)))
+    _title("One training step, planned for a mesh of 2 x 4:")
+    say(summary(job.plan))
+    _title(f"{steps} steps on the source code of Python's standard library, on 8 CPU devices:")
+    records, state = _run(job)
+    say(_outcome(records))
+    alone: list[Record] = []
+    job.train_alone(alone.append)
+    worst = max(abs(a.loss - r.loss) / abs(a.loss) for a, r in zip(alone, records, strict=True))
+    _title("The same steps on one device with jax.jit, nothing partitioned:")
+    say(f"no loss differs by more than {worst:.1e}, relatively")
+    _title(f"What it writes after {PROMPT!r}, {steps} steps old:")
+    say(Text(printable(job.sample(state, PROMPT, 160))))
+    if not worst <= SAME_LOSS:
+        complain(f"losses may differ by {SAME_LOSS:.0e} at most, and differ by {worst:.1e}.")
+        raise Exit(LIMIT_BROKEN)
+
+
+def _run(job: Job, resume: bool = False) -> tuple[list[Record], State]:
+    """What each step did, and the last state; progress goes to stderr."""
+    records: list[Record] = []
+    with _watching(console(sys.stderr), job.schedule.steps) as show:
+
+        def on_step(record: Record) -> None:
+            records.append(record)
+            show(record)
+
+        try:
+            return records, job.train(on_step, resume)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_how_to_resume(job, records)) from None
+
+
+def _how_to_resume(job: Job, records: Sequence[Record]) -> str:
+    if not records:
+        return "stopped before a step was done."
+    stopped = f"stopped after step {records[-1].step}"
+    if job.schedule.checkpoints is None:
+        return f"{stopped}; nothing is kept, as it would have been with --checkpoint DIR."
+    again = [arg for arg in sys.argv[1:] if arg != "--resume"]
+    return f"{stopped}; go on with: {shlex.join(['gspmd', *again, '--resume'])}"
+
+
+@contextlib.contextmanager
+def _watching(out: Console, steps: int) -> Generator[Callable[[Record], None]]:
+    """A bar on a terminal, else a line now and then."""
+    if not out.is_terminal:
+        yield lambda record: _report(out, record, steps)
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[told]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("compiling", total=steps, told="")
+
+        def show(record: Record) -> None:
+            bar.update(task, completed=record.step, description="training", told=_told(record))
+
+        yield show
+
+
+def _report(out: Console, record: Record, steps: int) -> None:
+    if record.step % max(steps // 10, 1) == 0 or record.step in (1, steps):
+        out.print(f"step {record.step}/{steps}  {_told(record)}")
+
+
+def _told(record: Record) -> str:
+    return f"loss {record.loss:.3f}  {record.tokens / record.seconds:,.0f} tokens/s"
+
+
+def _outcome(records: Sequence[Record]) -> RenderableType:
+    """The loss curve, and a line that sums it up."""
+    if not records:
+        return Text("no step was left to do")
+    first, last = records[0], records[-1]
+    told = (
+        f"loss {first.loss:.3f} at step {first.step}, {last.loss:.3f} at step {last.step}; "
+        f"{tokens_per_second(records):,.0f} tokens per second"
+    )
+    plain = console(sys.stdout).options.ascii_only
+    return Group(Text(curve(_points(records), plain=plain)), Text(), Text(told))
+
+
+def _json(records: Sequence[Record]) -> dict[str, Any]:
+    return {
+        "first_step": records[0].step if records else None,
+        "losses": [record.loss for record in records],
+        "tokens_per_second": tokens_per_second(records) if records else None,
+    }
+
+
+def _points(records: Sequence[Record]) -> list[tuple[int, float]]:
+    return [(record.step, record.loss) for record in records]
+
+
+def _annotations(path: Path) -> Text:
+    """The lines of a file that call `annotate`, numbered."""
+    lines = enumerate(path.read_text().splitlines(), 1)
+    return Text("\n".join(f"{i:>5}  {line.strip()}" for i, line in lines if "annotate(" in line))
+
+
+def _title(text: str) -> None:
+    say(Text(f"\n{text}\n", "bold"))
