@@ -15,7 +15,9 @@ from gspmd.errors import (
 from gspmd.partition import Finding
 from gspmd.partitioned import Partitioned, partition
 from gspmd.plan import Collective, Plan, plan
+from gspmd.reshard import ReshardPlan, reshard_plan
 from gspmd.rules.factor import register_rule
+from gspmd.uneven import Uneven
 
 __all__ = [
     "ArgumentError",
@@ -26,12 +28,15 @@ __all__ = [
     "P",
     "Partitioned",
     "Plan",
+    "ReshardPlan",
     "RuleError",
     "SpecError",
     "StrictError",
     "TraceError",
+    "Uneven",
     "annotate",
     "partition",
     "plan",
     "register_rule",
+    "reshard_plan",
 ]

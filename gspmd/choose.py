@@ -1,10 +1,10 @@
 """Choosing the split of one op: which mesh axes split which of its factors, by wire bytes.
 
 Each operand and each result proposes a split: its own sharding, read through the factor rule.
-Proposals are merged in several orders, each giving a candidate; a candidate costs the bytes that its
-operands need to get there, that its results need to get where propagation wants them, and the work
-that each device is left with. The cheapest wins; among equals the one that splits the work further,
-then the one that pays its sums later, then the result's own proposal.
+Proposals are merged in several orders, each giving a candidate; a candidate costs the bytes that
+its operands need to get there, that its results need to get where propagation wants them, and the
+work that each device is left with. The cheapest wins; among equals the one that splits the work
+further, then the one that pays its sums later, then the result's own proposal.
 """
 
 import dataclasses
@@ -93,12 +93,13 @@ def _candidates(situation: Situation) -> list[tuple[Axes, ...]]:
     proposals: list[tuple[float, Dims, tuple[Axes, ...]]] = []
     for dims, goal in zip(rule.outs, situation.goals, strict=True):
         proposals.append((-math.inf, dims, goal.dims))
-    offers: list[tuple[float, Dims, tuple[Axes, ...]]] = []
-    for dims, (shape, dtype), have in zip(
-        rule.ins, situation.in_types, situation.have, strict=True
-    ):
-        for sharding in dict.fromkeys(s.dims for s in have):
-            offers.append((-math.prod(shape) * itemsize(dtype), dims, sharding))
+    offers = [
+        (-math.prod(shape) * itemsize(dtype), dims, sharding)
+        for dims, (shape, dtype), have in zip(
+            rule.ins, situation.in_types, situation.have, strict=True
+        )
+        for sharding in dict.fromkeys(s.dims for s in have)
+    ]
     proposals += sorted(offers, key=lambda offer: offer[0])
     split = [(dims, axes) for _, dims, axes in proposals if any(axes)]
     found: dict[tuple[Axes, ...], None] = {}

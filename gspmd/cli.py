@@ -102,7 +102,10 @@ def explain(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Explain a collective, a source line or an argument: who decided its sharding, and where."""
+    """Explain a collective, a line or an argument: who split it.
+
+    The answer is the chain of shardings that met there, each down to the line that set it.
+    """
     with plain_errors(debug):
         made = _plan(target, mesh, rules, strict=False)
         why = str(made.why(int(what) if what.isdecimal() else what))
@@ -137,9 +140,10 @@ def train(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a model on the source files of Python's standard library, partitioned over a mesh.
+    """Train a reference model, partitioned over a mesh.
 
-    Where this machine has too few accelerators for the mesh, CPU devices stand in for them.
+    The text is the source files of Python's standard library. Where this machine has too few
+    accelerators for the mesh, CPU devices stand in for them.
     """
     with plain_errors(debug):
         from gspmd import job, trainer  # with flax and optax, which planning does without
@@ -165,7 +169,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=2)] = 60,
     debug: Debug = False,
 ) -> None:
-    """Train a tiny Transformer on 8 CPU devices and show what happens, in two minutes."""
+    """Train a tiny Transformer on 8 CPU devices, explained."""
     with plain_errors(debug):
         from gspmd import trainer
 

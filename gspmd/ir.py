@@ -126,12 +126,12 @@ class Program:
     consts: tuple[tuple[Value, Any], ...] = ()
 
     def walk(self) -> Iterator[tuple[Op, int]]:
-        """Every op, bodies included, with the number of times it runs (-1 under an unbounded loop)."""
+        """Every op, bodies included, and how often it runs (-1 inside an unbounded loop)."""
         yield from _walk(self, 1)
 
 
 def trip_count(op: Op) -> int:
-    """How often the bodies of `op` run: a scan's length; -1 for `while`, which has no bound; else 1."""
+    """How often the bodies of `op` run: a scan's length, -1 for `while` (no bound), else 1."""
     if op.name == "scan":
         return op.params["length"]
     return -1 if op.name == "while" else 1

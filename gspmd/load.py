@@ -81,7 +81,7 @@ def _subject(result: object, target: str) -> Subject:
             return Subject(fn, args, options)
         case _:
             shape = ", ".join(type(part).__name__ for part in parts)
-            kind = f"a tuple of ({shape})" if parts else f"a {type(result).__name__}"
+            kind = f"a tuple of ({shape})" if parts else f"something of type {type(result).__name__}"
             raise InputError(f"{target} returned {kind}: {EXPECTED}.")
 
 

@@ -266,7 +266,7 @@ class _Scope:
         return versions[needs]
 
     def _make(self, x: Value, needs: Sharding) -> None:
-        """Makes a free value (zeros, iota, random bits) anew, split as `needs` says if it can be."""
+        """Makes a free value (zeros, iota, random bits) anew, split like `needs` if it can be."""
         op, rule = self.recipes[x]
         axes: list[Axes] = [()] * len(rule.sizes)
         for factors, wanted in zip(rule.outs[0], needs.dims, strict=True):
@@ -385,7 +385,7 @@ class _Scope:
             self.versions[value] = {sharding: mine}
 
     def _tied(self, op: Op, tie: Tie) -> tuple[Axes, ...]:
-        """The split that the values of a tie agree on, without the leading dims outside the bodies."""
+        """The split that the values of a tie agree on, leading dims outside the bodies left out."""
         shardings = self.state.shardings
         if tie.inputs:
             body, i = tie.inputs[0]

@@ -1,4 +1,4 @@
-"""partition(fn, mesh): like `jax.jit`, a callable that plans once per argument types and then runs."""
+"""partition(fn, mesh): a callable like that of `jax.jit`, planned once per argument types."""
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
@@ -50,8 +50,8 @@ class Partitioned:
             known = self._plans.get(key)
         except TypeError as error:
             raise TraceError(
-                f"a static argument of {function_name(self._fn)} cannot be hashed: {error}. Make it "
-                "a tuple or a frozen dataclass, or pass it as an array."
+                f"a static argument of {function_name(self._fn)} cannot be hashed: {error}. "
+                "Make it a tuple or a frozen dataclass, or pass it as an array."
             ) from error
         if known is None:
             known = self._plans[key] = plan(
@@ -104,7 +104,8 @@ def _differentiable(made: Plan, owner: Partitioned) -> Callable[..., Any]:
 
         def of_smooth(*xs: Any) -> tuple[list[Any], list[Any]]:
             it = iter(xs)
-            outs = fn(*(next(it) if smooth else x for x, smooth in zip(fixed, smooth_in)))
+            pairs = zip(fixed, smooth_in, strict=True)
+            outs = fn(*(next(it) if smooth else x for x, smooth in pairs))
             first = [x for x, smooth in zip(outs, smooth_out, strict=True) if smooth]
             return first, outs
 
@@ -163,9 +164,9 @@ def partition(
 ) -> Partitioned:
     """`fn` as a callable that runs on the devices of `mesh`; `.plan(*args)` shows how.
 
-    The arguments are those of `gspmd.plan`. Planning happens at the first call with arguments of new
-    shapes or dtypes. Results are `jax.Array`s, sharded as `plan.out_specs` says; a result with a dim
-    that its axes do not divide comes back as a `gspmd.Uneven`.
+    The arguments are those of `gspmd.plan`. Planning happens at the first call with arguments of
+    new shapes or dtypes. Results are `jax.Array`s, sharded as `plan.out_specs` says; a result with
+    a dim that its axes do not divide comes back as a `gspmd.Uneven`.
 
     Raises:
       SpecError, MeshError: the mesh or the rules are wrong; all else is found at the first call.

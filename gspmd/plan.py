@@ -71,9 +71,9 @@ class Collective:
 class Plan:
     """A partitioned program with the way it came about.
 
-    `program` is the local program, `model` the global one it came from, both on `mesh`, which is the
-    user's mesh with an axis cut into sub-axes where a reshape asked for it. `seconds` says how long
-    each pass took.
+    `program` is the local program, `model` the global one it came from, both on `mesh`, which is
+    the user's mesh with an axis cut into sub-axes where a reshape asked for it. `seconds` says how
+    long each pass took.
     """
 
     program: Program
@@ -184,7 +184,7 @@ class Plan:
         return explain.why_value(self._find(x), self._context)
 
     def sharding(self, name: str) -> P:
-        """The sharding of an input or output (pytree path), a `checkpoint_name`, or a "file:line"."""
+        """The spec of an input or output (pytree path), a `checkpoint_name`, or a "file:line"."""
         value = self._find(name)
         return P(*(_entry(axes) for axes in self.propagated.shardings[value].dims))
 
@@ -204,8 +204,8 @@ class Plan:
         if at_line:
             return at_line[-1]
         raise GspmdError(
-            f"this plan has no value named {name!r}{nearest(name, named)} Names are pytree paths of "
-            "arguments and results, names given by checkpoint_name, and file:line."
+            f"this plan has no value named {name!r}{nearest(name, named)} Names are pytree paths "
+            "of arguments and results, names given by checkpoint_name, and file:line."
         )
 
     def graph(self) -> "nx.DiGraph[str]":
@@ -213,7 +213,7 @@ class Plan:
         return explain.graph(self._context, [op for op, _ in self._collective_ops])
 
     def simulate(self, *args: Any, **kwargs: Any) -> Any:
-        """The global outputs, computed on one device that plays every device of the mesh at once."""
+        """The global outputs, computed on one device that plays all devices of the mesh."""
         outs = self._simulator(*self.flatten(args, kwargs))
         return tree_util.tree_unflatten(self.traced.out_tree, outs)
 

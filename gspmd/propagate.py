@@ -1,10 +1,10 @@
 """Propagation: from the few shardings that the user gave to one for every value.
 
-A fixed point over factor rules (GSPMD, section 3.5). Each op is an *edge* between values; along an
-edge an axis travels from a dim to every dim with the same factor, unless that dim is closed by the
-user, or the axis is already taken in that tensor. Shardings only grow, so it ends. Levels decide who
-comes first: pointwise ops and data movement (0), contractions and all else (1), broadcasts backward
-(2) and forward (3). Every (value, dim, axis) remembers where it came from.
+A fixed point over factor rules (GSPMD, section 3.5). Each op is an *edge* between values; along
+an edge an axis travels from a dim to every dim with the same factor, unless that dim is closed by
+the user, or the axis is already taken in that tensor. Shardings only grow, so it ends. Levels
+decide who comes first: pointwise ops and data movement (0), contractions and all else (1),
+broadcasts backward (2) and forward (3). Every (value, dim, axis) remembers where it came from.
 """
 
 import collections

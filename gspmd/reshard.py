@@ -1,9 +1,9 @@
 """Resharding as a search: from one sharding to another by the cheapest sequence of collectives.
 
-States are shardings, moves are local slices and the five collectives, the cost of a path is its wire
-bytes, then its number of steps. No state may hold more per device than the larger of source and
-target do (arXiv 2112.01075), unless there is no other way. Gathering everything and slicing is only
-ever the result where it is the cheapest path.
+States are shardings, moves are local slices and the five collectives, the cost of a path is its
+wire bytes, then its number of steps. No state may hold more per device than the larger of source
+and target do (arXiv 2112.01075), unless there is no other way. Gathering everything and slicing is
+only ever the result where it is the cheapest path.
 """
 
 import dataclasses
@@ -14,8 +14,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
 from gspmd.collectives import wire_bytes
+from gspmd.errors import SpecError
 from gspmd.sharding import Axes, Mesh, Sharding, itemsize, show_axes, show_type
+from gspmd.specs import AnyMesh, read_mesh, resolve
 
 Shape = tuple[int, ...]
 
@@ -72,6 +78,46 @@ def reshard_steps(
     states = [src, *(step.dst for step in steps)]
     peak = max(_local_bytes(shape, size, mesh, state) for state in states)
     return ReshardPlan(shape, dtype, steps, sum(step.wire_bytes for step in steps), peak)
+
+
+def reshard_plan(
+    shape: Shape, dtype: Any, mesh: AnyMesh, src: P | NamedSharding, dst: P | NamedSharding
+) -> ReshardPlan:
+    """The cheapest way from one sharding of a tensor to another, step by step.
+
+    Args:
+      shape: the logical shape.
+      dtype: of the elements.
+      mesh: as `gspmd.plan` takes it.
+      src, dst: specs with mesh axes; `P("x", unreduced={"y"})` still owes a sum over y.
+
+    Raises:
+      SpecError: a spec does not fit the shape or the mesh, or `dst` owes a sum that `src` does not.
+    """
+    logical, _ = read_mesh(mesh)
+    start, goal = (_sharding(s, len(shape), logical, w) for s, w in ((src, "src"), (dst, "dst")))
+    if not set(goal.partial) <= set(start.partial):
+        raise SpecError(
+            f"dst owes a sum over {show_axes(goal.partial)}, src over "
+            f"{show_axes(start.partial) if start.partial else 'nothing'}: a whole value has no "
+            "summands; drop unreduced from dst."
+        )
+    return reshard_steps(tuple(shape), np.dtype(dtype), logical, start, goal)
+
+
+def _sharding(spec: P | NamedSharding, rank: int, mesh: Mesh, where: str) -> Sharding:
+    entries = spec.spec if isinstance(spec, NamedSharding) else spec
+    constraint = resolve(P(*entries.partitions), rank, mesh, None, where)
+    dims = constraint if constraint is not None else ((),) * rank
+    owed = tuple(axis for axis in mesh.names if axis in entries.unreduced)
+    if unknown := set(entries.unreduced) - set(owed):
+        raise SpecError(f"{where} owes a sum over {sorted(unknown)}, but the mesh has {mesh}.")
+    made = Sharding(tuple(axes or () for axes in dims), owed)
+    if both := set(made.axes) & set(owed):
+        raise SpecError(
+            f"{where} splits a dim over {sorted(both)} and owes a sum over it; drop one."
+        )
+    return made
 
 
 def reshard_cost(shape: Shape, dtype: Any, mesh: Mesh, src: Sharding, dst: Sharding) -> float:
@@ -249,7 +295,7 @@ def _exchanges(problem: _Problem, state: Sharding) -> Iterator[Step]:
 
 
 def _permutes(problem: _Problem, state: Sharding) -> Iterator[Step]:
-    """Hands whole blocks to other devices: other axes, or another order, with the same block sizes."""
+    """Hands whole blocks to other devices: other axes, or another order, but blocks alike."""
     mesh, goal = problem.mesh, problem.dst
     targets: list[Sharding] = []
     if state.partial == goal.partial and state.reduction == goal.reduction:

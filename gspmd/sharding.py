@@ -20,7 +20,7 @@ from gspmd.errors import MeshError
 
 Axes = tuple[str, ...]
 Constraint = tuple[Axes | None, ...]
-"""What a user fixes of one tensor: per dim the axes that split it (`()` is whole), None where open."""
+"""What a user fixes of a tensor: per dim the axes that split it (`()`: whole), None where open."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Mesh:
         return _size(self, tuple(axes))
 
     def refine(self, axis: str, major: int) -> "Mesh":
-        """The same devices with `axis` cut in two: sub-axis `axis:0` of size `major`, then the rest.
+        """The same devices with `axis` cut in two: `axis:0` of size `major`, then the rest.
 
         A sub-axis is cut again into `axis:0`, `axis:1`, `axis:2`, ...: numbered anew, major first.
         """

@@ -90,7 +90,7 @@ def _cause(c: Collective) -> RenderableType:
     head = Text.assemble(
         (f"#{c.number} ", "cyan"),
         f"{c.kind} over {show_axes(c.axes)}, {times}{show_bytes(c.wire_bytes)}{loop}",
-        (f"  {c.phase}, {c.source}", FAINT),
+        ("  at the boundary" if c.phase == "boundary" else f"  {c.phase}, {c.source}", FAINT),
     )
     return Group(head, Padding(Text(textwrap.dedent(c.why)), (0, 0, 0, 4), expand=False))
 

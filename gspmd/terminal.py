@@ -35,8 +35,14 @@ def console(file: TextIO) -> Console:
 
 
 def say(what: RenderableType) -> None:
-    """Prints a result; with rich's styles on a terminal only."""
-    console(sys.stdout).print(what)
+    """Prints a result; styled on a terminal, else plain and without blanks at the ends of lines."""
+    out = console(sys.stdout)
+    if out.is_terminal:
+        out.print(what)
+        return
+    with out.capture() as captured:
+        out.print(what)
+    print("\n".join(map(str.rstrip, captured.get().splitlines())))  # noqa: T201
 
 
 def say_json(value: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ class Step:
     exact: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Drawn:
     """A program with its arguments and the way it is to be partitioned."""
 

@@ -67,33 +67,55 @@ class Case:
     def rule(self) -> FactorRule:
         return factor_rule(self.op)
 
-    def run(self) -> list[Words]:
-        """The results on whole operands."""
+    def run(self, words: Sequence[Any], params: Mapping[str, Any] | None = None) -> list[Any]:
+        """The results, as words, if the op's values are `words`."""
         assert self.op.call is not None
-        arrays = self.operands(self.words)
-        return _results(self.op.call(*arrays, **self.op.params))
+        return self.run_as(self.op.call, words, self.op.params if params is None else params)
 
-    def operands(self, words: Sequence[Words]) -> list[Any]:
-        """What the op is called with, literals included, if its values are `words`."""
+    def run_as(
+        self, call: Callable[..., Any], words: Sequence[Any], params: Mapping[str, Any]
+    ) -> list[Any]:
+        """The results, as words, of `call` instead of the op's own."""
         rest = iter(words)
-        return [
+        operands = [
             np.asarray(x.value, x.dtype) if isinstance(x, Literal) else to_array(next(rest), x.dtype)
             for x in self.op.ins
         ]
+        out = call(*operands, **params)
+        return [to_words(x) for x in (out if isinstance(out, list | tuple) else [out])]
 
 
-def to_words(x: Any) -> Words:
-    return np.asarray(jax.random.key_data(x) if is_key(x.dtype) else x)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trial:
+    """A computation to compare with the whole op: `fn(words)`, and `join` of what comes out."""
+
+    label: str
+    words: Any
+    fn: Callable[[Any], Any]
+    join: Callable[[Any], list[Words]]
+
+
+def run_trials(trials: Sequence[Trial]) -> list[list[Words] | str]:
+    """The results of each trial, or in a few words why there are none; compiled all at once."""
+    try:
+        outs: list[Any] = jax.jit(lambda xs: [t.fn(x) for t, x in zip(trials, xs, strict=True)])(
+            [t.words for t in trials]
+        )
+        return [t.join(jax.tree.map(np.asarray, out)) for t, out in zip(trials, outs, strict=True)]
+    except Exception as error:  # of whatever kind: a rule that does not run is as wrong as one that errs
+        if len(trials) > 1:
+            return [result for trial in trials for result in run_trials([trial])]
+        return [f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"]
+
+
+def to_words(x: Any) -> Any:
+    return jax.random.key_data(x) if is_key(x.dtype) else x
 
 
 def to_array(words: Words, dtype: Any) -> Any:
     if not is_key(dtype):
         return jnp.asarray(words)
     return jax.random.wrap_key_data(jnp.asarray(words), impl=IMPLEMENTATIONS[str(dtype)])
-
-
-def _results(out: Any) -> list[Words]:
-    return [to_words(x) for x in (out if isinstance(out, list | tuple) else [out])]
 
 
 def case_of(sample: Sample) -> Case:
@@ -113,7 +135,7 @@ def case_of(sample: Sample) -> Case:
     )
     outs = tuple(value(v) for v in eqn.outvars)
     op = Op(eqn.primitive.name, ins, outs, dict(eqn.params), call=bind(eqn.primitive))
-    words = [to_words(x) for x, y in zip(values, ins, strict=True) if isinstance(y, Value)]
+    words = [np.asarray(to_words(x)) for x, y in zip(values, ins, strict=True) if isinstance(y, Value)]
     return Case(op, tuple(words))
 
 
@@ -218,25 +240,53 @@ def _garbage(dtype: Any) -> Any:
 # --- running pieces
 
 
-def run_split(case: Case, parts: Mapping[int, int]) -> list[Words]:
-    """The results when each factor in `parts` is split so many ways and its pieces are combined."""
+def split_trial(case: Case, parts: Mapping[int, int]) -> Trial:
+    """The op with each factor in `parts` split so many ways, its pieces run and put together."""
     rule, known = case.rule, op_rule(case.op)
     pieces, sizes = _cut_all(case, parts, rule)
-    split = _split(case.op, parts, rule, sizes, next(iter(pieces.values())))
+    devices = list(pieces)
+    split = _split(case.op, parts, rule, sizes)
     params = {**case.op.params}
     if known is not None and known.params is not None:
         params |= known.params(case.op, split)
-    if known is not None and known.call is not None:
-        outs = _run_simulated(case, pieces, known.call(case.op, split), params, split.mesh)
-    else:
-        assert case.op.call is not None
-        call = case.op.call
-        outs = {d: _results(call(*case.operands(xs), **params)) for d, xs in pieces.items()}
-    for results in outs.values():
-        for shape, x, out in zip(split.out_shapes, results, case.op.outs, strict=True):
-            rank = len(out.shape)
-            assert x.shape[:rank] == shape, f"a piece has shape {x.shape}, the rule says {shape}"
-    return _join_all(outs, parts, rule, sizes)
+    words: Any = list(pieces.values())
+    call = known.call(case.op, split) if known is not None and known.call is not None else None
+    if call is not None:
+        words = _stack(words, split.mesh)
+
+    def run(words: Any) -> list[list[Any]]:
+        if call is None:
+            return [case.run(xs, params) for xs in words]
+        outs = _simulated(lambda xs: case.run_as(call, xs, params), split.mesh)(words)
+        return [[x[device] for x in outs] for device in devices]
+
+    def join(outs: list[list[Words]]) -> list[Words]:
+        for results in outs:
+            for shape, x, out in zip(split.out_shapes, results, case.op.outs, strict=True):
+                found = x.shape[: len(out.shape)]
+                assert found == shape, f"a piece has shape {found}, by the rule {shape}"
+        return _join_all(dict(zip(devices, outs, strict=True)), parts, rule, sizes)
+
+    label = ", ".join(f"{rule.names[f]} of {rule.sizes[f]} split {k} ways" for f, k in parts.items())
+    return Trial(label, words, run, join)
+
+
+def _stack(pieces: Sequence[Sequence[Words]], mesh: Mesh) -> list[Words]:
+    """Each operand's pieces in one array, whose leading dims are the axes of the mesh."""
+    sizes = [k for _, k in mesh.axes]
+    operands = zip(*pieces, strict=True)
+    return [np.zeros(sizes), *(np.stack(xs).reshape(*sizes, *xs[0].shape) for xs in operands)]
+
+
+def _simulated(run: Callable[[list[Any]], list[Any]], mesh: Mesh) -> Callable[[Any], list[Any]]:
+    """All devices at once: `run` vmapped over every axis of the mesh, by name."""
+
+    def one(words: list[Any]) -> list[Any]:
+        return run(words[1:])  # the first is there to be mapped over, in case nothing else is
+
+    for name in reversed(mesh.names):
+        one = jax.vmap(one, axis_name=name)
+    return one
 
 
 def _cut_all(
@@ -261,9 +311,7 @@ def _cut_all(
     return pieces, sizes
 
 
-def _split(
-    op: Op, parts: Mapping[int, int], rule: FactorRule, sizes: list[int], local: Sequence[Words]
-) -> Split:
+def _split(op: Op, parts: Mapping[int, int], rule: FactorRule, sizes: list[int]) -> Split:
     names = {factor: f"axis{factor}" for factor in parts}
     mesh = Mesh(tuple((names[factor], k) for factor, k in parts.items()))
     axes = tuple((names[f],) if f in names else () for f in range(len(rule.sizes)))
@@ -289,29 +337,6 @@ def _split(
         tuple(shape(x, dims) for x, dims in zip(op.ins, rule.ins, strict=True)),
         tuple(shape(x, dims) for x, dims in zip(op.outs, rule.outs, strict=True)),
     )
-
-
-def _run_simulated(
-    case: Case,
-    pieces: Mapping[Device, Sequence[Words]],
-    call: Callable[..., Any],
-    params: Mapping[str, Any],
-    mesh: Mesh,
-) -> dict[Device, list[Words]]:
-    """Each device's results, all devices at once: vmapped over every axis of the mesh, by name."""
-    sizes = [k for _, k in mesh.axes]
-
-    def one(_device: Any, words: list[Any]) -> list[Any]:
-        out = call(*case.operands(words), **params)
-        out = out if isinstance(out, list | tuple) else [out]
-        return [jax.random.key_data(x) if is_key(x.dtype) else x for x in out]
-
-    run: Callable[..., list[Any]] = one
-    for name in reversed(mesh.names):
-        run = jax.vmap(run, axis_name=name)
-    stacked = [np.stack(xs).reshape(*sizes, *xs[0].shape) for xs in zip(*pieces.values(), strict=True)]
-    outs = jax.jit(run)(np.zeros(sizes), stacked)
-    return {device: [np.asarray(x[device]) for x in outs] for device in pieces}
 
 
 def _join_all(
@@ -346,23 +371,27 @@ def check(sample: Sample | Case, exhaustive: bool = True) -> Row:
     case = sample if isinstance(sample, Case) else case_of(sample)
     rule = case.rule
     assert_fits(rule, case.op)
-    expected = case.run()
-    wrong: list[str] = []
-    tried = 0
-    for parts in _splits(rule, exhaustive):
-        tried += 1
-        fault = _fault(lambda parts=parts: run_split(case, parts), expected)
-        if fault:
-            (factor, k), = parts.items()  # fmt: skip
-            wrong.append(f"{rule.names[factor]} of {rule.sizes[factor]} split {k} ways: {fault}")
-    for group in rule.linear:
-        if any(np.issubdtype(x.dtype, np.bool_) for i, x in enumerate(case.op.ins) if i in group):
-            continue
-        tried += 1
-        fault = _fault(lambda group=group: _sum_of_parts(case, group), expected)
-        if fault:
-            wrong.append(f"linear in operands {group}: {fault}")
-    return Row(case.op.name, rule, tried, tuple(wrong), tuple(_missing(case, expected)))
+    trials = [split_trial(case, parts) for parts in _splits(rule, exhaustive)]
+    trials += [
+        _linear_trial(case, group)
+        for group in rule.linear
+        if not any(np.issubdtype(case.op.ins[i].dtype, np.bool_) for i in group)
+    ]
+    opened = [_plain_trial(case, factor) for factor in _called_whole(rule)]
+    whole = Trial("whole", list(case.words), case.run, list)
+    expected, *found = run_trials([whole, *trials, *opened])
+    assert not isinstance(expected, str), f"{case.primitive} does not run: {expected}"
+    wrong = [
+        f"{trial.label}: {fault}"
+        for trial, results in zip(trials, found[: len(trials)], strict=True)
+        if (fault := _fault(results, expected))
+    ]
+    missing = [
+        f"{trial.label} {', '.join(ways)}"
+        for trial, results in zip(opened, found[len(trials) :], strict=True)
+        if not isinstance(results, str) and (ways := _ways(results, expected))
+    ]
+    return Row(case.primitive, rule, len(trials), tuple(wrong), tuple(missing))
 
 
 def assert_fits(rule: FactorRule, op: Op) -> None:
@@ -385,58 +414,77 @@ def _splits(rule: FactorRule, exhaustive: bool) -> Iterator[dict[int, int]]:
             yield {factor: k}
 
 
-def _fault(run: Callable[[], list[Words]], expected: list[Words]) -> str:
+def _fault(results: list[Words] | str, expected: list[Words]) -> str:
     """What went wrong, in a few words, or nothing."""
-    try:
-        results = run()
-    except Exception as error:  # a rule that does not run is as wrong as one that errs
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if isinstance(results, str):
+        return results
     bad = [i for i, (x, y) in enumerate(zip(results, expected, strict=True)) if not equal(x, y)]
     return f"results {bad} differ" if bad else ""
 
 
-def _sum_of_parts(case: Case, group: tuple[int, ...]) -> list[Words]:
+def _linear_trial(case: Case, group: tuple[int, ...]) -> Trial:
     """The sum of the results on two summands of the operands in `group`."""
-    assert case.op.call is not None
-    first, second = case.operands(case.words), case.operands(case.words)
-    for i in group:
-        x = np.asarray(first[i])
-        first[i] = jnp.asarray(np.flip(x))  # not parallel to x
-        second[i] = jnp.asarray((x - np.flip(x)).astype(x.dtype))
-    pieces = [_results(case.op.call(*xs, **case.op.params)) for xs in (first, second)]
-    return [reduce_pieces(xs, "sum").astype(xs[0].dtype) for xs in zip(*pieces, strict=True)]
+    values = [i for i, x in enumerate(case.op.ins) if isinstance(x, Value)]
+    first = [np.flip(x) if i in group else x for i, x in zip(values, case.words, strict=True)]
+    rest = [
+        (x - y).astype(x.dtype) if i in group else x
+        for i, x, y in zip(values, case.words, first, strict=True)
+    ]
+    literals = [i for i in group if i not in values]
+    zeroed = tuple(
+        dataclasses.replace(x, value=0 * x.value) if i in literals else x  # type: ignore[type-var]
+        for i, x in enumerate(case.op.ins)
+    )
+    bare = Case(dataclasses.replace(case.op, ins=zeroed), case.words)
+
+    def run(words: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        return [case.run(words[0]), bare.run(words[1])]
+
+    def join(outs: list[list[Words]]) -> list[Words]:
+        return [reduce_pieces(xs, "sum").astype(xs[0].dtype) for xs in zip(*outs, strict=True)]
+
+    return Trial(f"linear in operands {group}", [first, rest], run, join)
 
 
-def _missing(case: Case, expected: list[Words]) -> Iterator[str]:
-    """Factors called whole whose plain pieces, put side by side or reduced, give all results."""
-    rule = case.rule
+def _called_whole(rule: FactorRule) -> list[int]:
+    """The operands' factors that are whole and could be halved."""
     held = {f for dims in rule.ins for factors in dims for f in factors}
-    for factor in sorted(held):
-        n = rule.sizes[factor]
-        if rule.kinds[factor] != "whole" or n % 2 or 0 in (n, *(x.size for x in expected)):
-            continue
-        opened = dataclasses.replace(rule, outs=tuple(((),) * len(dims) for dims in rule.outs))
-        pieces, _ = _cut_all(case, {factor: 2}, opened)
-        assert case.op.call is not None
-        try:
-            runs = [_results(case.op.call(*case.operands(xs), **case.op.params))
-                    for xs in pieces.values()]  # fmt: skip
-        except Exception:  # the params do not fit the pieces: JAX says so in many ways
-            continue
-        ways = [_way(xs, whole) for *xs, whole in zip(*runs, expected, strict=True)]
-        if all(ways):
-            yield f"{rule.names[factor]}: {', '.join(ways)}"
+    return sorted(
+        f for f in held if rule.kinds[f] == "whole" and rule.sizes[f] % 2 == 0 < rule.sizes[f]
+    )
+
+
+def _plain_trial(case: Case, factor: int) -> Trial:
+    """The results on both halves of a factor that is called whole, one half after the other."""
+    pieces, _ = _cut_all(case, {factor: 2}, case.rule)
+
+    def join(outs: list[list[Words]]) -> list[Words]:
+        return [x for results in outs for x in results]
+
+    return Trial(
+        case.rule.names[factor], list(pieces.values()), lambda xs: [case.run(x) for x in xs], join
+    )
+
+
+def _ways(halves: list[Words], expected: list[Words]) -> list[str]:
+    """How the halves' results make up each expected one, if they do for all."""
+    count = len(expected)
+    ways = [_way(halves[j::count], whole) for j, whole in enumerate(expected)]
+    return ways if all(ways) else []
 
 
 def _way(pieces: Sequence[Words], whole: Words) -> str:
-    for dim in range(whole.ndim):
-        joined = np.concatenate(pieces, dim) if pieces[0].ndim == whole.ndim else whole[:0]
-        if joined.shape == whole.shape and equal(joined, whole):
-            return f"pass in dim {dim}"
+    if not whole.size:
+        return ""
+    for dim in range(min(whole.ndim, pieces[0].ndim)):
+        if all(x.shape[:dim] == whole.shape[:dim] for x in pieces):
+            shapes = {(*x.shape[:dim], *x.shape[dim + 1 :]) for x in (*pieces, whole)}
+            if len(shapes) == 1 and equal(np.concatenate(pieces, dim), whole):
+                return f"passes in dim {dim}"
     for kind in ("sum", "max", "min"):
-        if pieces[0].shape == whole.shape and whole.dtype != np.bool_:
-            if equal(reduce_pieces(pieces, kind), whole):
-                return kind
+        fits = pieces[0].shape == whole.shape and whole.dtype != np.bool_
+        if fits and equal(reduce_pieces(pieces, kind), whole):
+            return f"is a {kind}"
     return ""
 
 

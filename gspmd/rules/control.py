@@ -1,7 +1,7 @@
 """Control flow: which values of an op and of its bodies are one and the same, dim by dim.
 
-A `Tie` says that an operand, inputs and outputs of the bodies, and a result must be sharded alike: a
-scan's carry is one tie of all four. Propagation treats a tie like a pointwise op; the partitioner
+A `Tie` says that an operand, inputs and outputs of the bodies, and a result must be sharded alike:
+a scan's carry is one tie of all four. Propagation treats a tie like a pointwise op; the partitioner
 gives all its values one sharding. What is in no tie (a predicate, a branch index) is replicated.
 """
 
@@ -69,9 +69,8 @@ def _scan(op: Op) -> list[Tie]:
             ties.append(Tie(f"carry {k}", i, ((0, i),), ((0, k),), k))
         else:
             ties.append(Tie(f"xs {k - carry}", i, ((0, i),), lead=1))
-    for k in range(carry, len(op.outs)):
-        ties.append(Tie(f"ys {k - carry}", outputs=((0, k),), result=k, lead=1))
-    return ties
+    ys = range(carry, len(op.outs))
+    return ties + [Tie(f"ys {k - carry}", outputs=((0, k),), result=k, lead=1) for k in ys]
 
 
 def _while(op: Op) -> list[Tie]:
@@ -90,9 +89,10 @@ def _cond(op: Op) -> list[Tie]:
     ties = [
         Tie(f"operand {i}", i + 1, tuple((b, i) for b in branches)) for i in range(len(op.ins) - 1)
     ]
-    for k in range(len(op.outs)):
-        ties.append(Tie(f"result {k}", outputs=tuple((b, k) for b in branches), result=k))
-    return ties
+    return ties + [
+        Tie(f"result {k}", outputs=tuple((b, k) for b in branches), result=k)
+        for k in range(len(op.outs))
+    ]
 
 
 def _remat(op: Op) -> list[Tie]:

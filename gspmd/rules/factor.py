@@ -61,9 +61,9 @@ class FactorRule:
     ) -> "FactorRule":
         """Reads `"b i k, b k j -> b i j"` against the operands' and results' shapes.
 
-        `_` is a dim that must stay whole. Factors absent from the results are summed, unless `kinds`
-        says otherwise. `sizes` gives the factors of compound dims, `(a b)`; one per dim may be left
-        out.
+        `_` is a dim that must stay whole. Factors absent from the results are summed, unless
+        `kinds` says otherwise. `sizes` gives the factors of compound dims, `(a b)`; one per dim may
+        be left out.
 
         Raises:
           RuleError: the text does not fit the shapes.
@@ -72,7 +72,7 @@ class FactorRule:
 
     @property
     def free(self) -> bool:
-        """No operand has a factor: the results can be made anew under any sharding (iota, zeros)."""
+        """No operand has a factor: results can be made anew under any sharding (iota, zeros)."""
         return not any(factors for dims in self.ins for factors in dims)
 
     def __str__(self) -> str:
@@ -190,8 +190,8 @@ def register_rule(primitive: Any, text: str, **options: Any) -> None:
     name = primitive if isinstance(primitive, str) else primitive.name
     if name in RULES:
         raise RuleError(
-            f"register_rule({name!r}): this primitive has a rule already. A rule is registered once; "
-            "give a primitive of your own another name."
+            f"register_rule({name!r}): this primitive has a rule already, and a rule is registered "
+            "once; give a primitive of your own another name."
         )
     if text.count("->") != 1:
         raise RuleError(f"register_rule({name!r}): a factor rule has one '->', got {text!r}.")
@@ -332,7 +332,7 @@ class _Parser:
                 sizes[unknown[0]] = n // known
             elif dim != ("_",) and known != n:
                 raise RuleError(
-                    f"factor rule {self.text!r}: ({' '.join(dim)}) has size {known}, but the dim has "
-                    f"size {n}."
+                    f"factor rule {self.text!r}: ({' '.join(dim)}) has size {known}, but the dim "
+                    f"has size {n}."
                 )
         return sizes
