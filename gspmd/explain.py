@@ -99,11 +99,13 @@ def _called(value: Value, context: Context) -> str:
 
 
 def _needed_by(cause: Cause) -> str:
-    if cause.consumer is None:
-        return f"the {cause.role}" if cause.role else "the program's boundary"
-    where = f" at {cause.consumer.source}" if cause.consumer.source else ""
-    phase = f" ({cause.consumer.source.phase})" if cause.consumer.source else ""
-    return f"{cause.role} of {cause.consumer.name}{where}{phase}"
+    op = cause.consumer
+    if op is None:
+        return cause.role or "the program's boundary"
+    where = f" at {op.source} ({op.source.phase})" if op.source else ""
+    if op.name == "constraint":
+        return f"{op.params['label']} {op.params['spec']}".strip() + where
+    return f"{cause.role} of {op.name}{where}"
 
 
 def _held(value: Value, src: Sharding, axis: str, context: Context) -> list[str]:
@@ -116,8 +118,8 @@ def _held(value: Value, src: Sharding, axis: str, context: Context) -> list[str]
 
 def _owed(value: Value, axis: str, context: Context) -> list[str]:
     """A sum is owed because an op contracted over a dim that the axis splits."""
-    op = context.producers.get(value)
-    if op is None or op.name in CONTROL:
+    op = _summing(value, axis, context)
+    if op is None:
         return [f"  a sum over {axis} is owed"]
     lines = [f"  a sum over {axis} is owed: {op.name} ({op.source}) reduces over dims split by it"]
     for i, x in enumerate(op.ins):
@@ -130,6 +132,18 @@ def _owed(value: Value, axis: str, context: Context) -> list[str]:
                     f"    operand {i} {context.type(x)}, dim {dim}: {chain(place, context)}"
                 )
     return lines
+
+
+def _summing(value: Value, axis: str, context: Context) -> Op | None:
+    """The op that reduces over dims split by `axis`, found behind linear ops that let a sum pass."""
+    while True:
+        op = context.producers.get(value)
+        if op is None or op.name in CONTROL:
+            return None
+        operands = values_of(op.ins)
+        if any(axis in context.shardings[x].axes for x in operands) or not operands:
+            return op
+        value = operands[0]
 
 
 def _wanted(cause: Cause, axis: str, context: Context) -> list[str]:

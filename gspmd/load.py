@@ -57,7 +57,7 @@ def read_subject(target: str) -> Subject:
     if isinstance(found, Partitioned):
         return Subject(found)
     if not callable(found):
-        raise InputError(f"{target} is a {type(found).__name__}, not a function: {EXPECTED}.")
+        raise InputError(f"{target} is of type {type(found).__name__}, not a function: {EXPECTED}.")
     _takes_nothing(found, target)
     return _subject(_call(found, path, f"{target} failed"), target)
 
@@ -81,7 +81,9 @@ def _subject(result: object, target: str) -> Subject:
             return Subject(fn, args, options)
         case _:
             shape = ", ".join(type(part).__name__ for part in parts)
-            kind = f"a tuple of ({shape})" if parts else f"something of type {type(result).__name__}"
+            kind = (
+                f"a tuple of ({shape})" if parts else f"something of type {type(result).__name__}"
+            )
             raise InputError(f"{target} returned {kind}: {EXPECTED}.")
 
 

@@ -133,6 +133,7 @@ class _Scope:
         self.ops: list[Op] = []
         self.versions: dict[Value, dict[Sharding, Value]] = {}
         self.recipes: dict[Value, tuple[Op, FactorRule]] = {}
+        self.sources: dict[Value, Source | None] = {}
         self.masked: dict[tuple[Value, int, str], Value] = {}
 
     def run(
@@ -223,6 +224,7 @@ class _Scope:
         self.ops.append(Op(op.name, tuple(ins), tuple(outs), params, source=op.source, call=call))
         for x, made, mine in zip(op.outs, choice.outs, outs, strict=True):
             self.versions[x] = {made: mine}
+            self.sources[x] = op.source
 
     def _mask(self, op: Op, rule: FactorRule, choice: Choice, i: int, x: Value) -> Value:
         """Neutralizes the padding of `x` in the dims that `op` reduces."""
@@ -283,7 +285,9 @@ class _Scope:
     def _step(self, value: Value, x: Value, step: Step, cause: Cause) -> Value:
         """Emits one step of a reshard, with the padding before it and the trimming after it."""
         mesh, shape = self.mesh, value.shape
-        source = cause.consumer.source if cause.consumer is not None else None
+        consumer = cause.consumer
+        source = consumer.source if consumer is not None else None
+        source = source or self.sources.get(value)
         out = dataclasses.replace(self.state.local_value(value, step.dst), name="")
         axes, dim = step.axes, step.dim
         k = mesh.size(axes)

@@ -411,7 +411,7 @@ def _with_outputs(traced: Traced, out_specs: Any, mesh: Mesh, rules: Rules | Non
         given = resolve(spec, rank, mesh, rules, f"out_specs for {name}")
         dims = given if given is not None else own if own is not None else (None,) * rank
         out = Value(ids + 1 + i, x.shape, x.dtype, name)
-        params = {"dims": dims, "label": f"the spec of output {name}"}
+        params = {"dims": dims, "label": f"the spec of output {name}", "spec": ""}
         ops.append(Op("constraint", (x,), (out,), params, call=_identity))
         outs.append(out)
     return dataclasses.replace(program, ops=(*program.ops, *ops), outs=tuple(outs))

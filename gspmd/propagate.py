@@ -149,7 +149,7 @@ class _Propagation:
                     self.edges_of[value].append(len(self.edges))
                 self.edges.append(edge)
             if op.name == "constraint":
-                label = op.params["label"]
+                label = f"{op.params['label']} {op.params['spec']}".strip()
                 self._fix(op.outs[0], op.params["dims"], Origin("annotation", label, op.source))
 
     def _declare(self, value: Value) -> None:

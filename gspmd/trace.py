@@ -22,7 +22,7 @@ from gspmd.arguments import flatten_arguments, path_names, positions
 from gspmd.ir import NO_PARAMS, Literal, Op, Operand, Program, Source, Value
 from gspmd.jaxpr import is_explicit, make_jaxpr, sharding_of
 from gspmd.sharding import Axes, Constraint, Mesh
-from gspmd.specs import Rules, check_rules, resolve, same_mesh
+from gspmd.specs import Rules, check_rules, resolve, same_mesh, show_spec
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -333,7 +333,8 @@ class _Converter:
         where = f"{label} at {source}" if source else label
         dims = resolve(spec, len(x.shape), self._mesh, self._rules, where)
         out = Value(next(self._ids), x.shape, x.dtype)
-        params = MappingProxyType({"dims": dims, "label": label})
+        entries = spec.spec if isinstance(spec, NamedSharding) else spec
+        params = MappingProxyType({"dims": dims, "label": label, "spec": show_spec(entries)})
         scope.ops.append(Op("constraint", (x,), (out,), params, (), source, _identity))
         return out
 

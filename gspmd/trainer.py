@@ -82,7 +82,7 @@ def _run(job: Job, resume: bool = False) -> tuple[list[Record], State]:
 
         def on_step(record: Record) -> None:
             records.append(record)
-            show(record)
+            show(records)
 
         try:
             return records, job.train(on_step, resume)
@@ -101,10 +101,10 @@ def _how_to_resume(job: Job, records: Sequence[Record]) -> str:
 
 
 @contextlib.contextmanager
-def _watching(out: Console, steps: int) -> Generator[Callable[[Record], None]]:
-    """A bar on a terminal, else a line now and then."""
+def _watching(out: Console, steps: int) -> Generator[Callable[[Sequence[Record]], None]]:
+    """What to call with the records so far: a bar on a terminal, else a line now and then."""
     if not out.is_terminal:
-        yield lambda record: _report(out, record, steps)
+        yield lambda records: _report(out, records, steps)
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -113,19 +113,24 @@ def _watching(out: Console, steps: int) -> Generator[Callable[[Record], None]]:
     with Progress(*columns, console=out, transient=True) as bar:
         task = bar.add_task("compiling", total=steps, told="")
 
-        def show(record: Record) -> None:
-            bar.update(task, completed=record.step, description="training", told=_told(record))
+        def show(records: Sequence[Record]) -> None:
+            done = records[-1].step
+            bar.update(task, completed=done, description="training", told=_told(records))
 
         yield show
 
 
-def _report(out: Console, record: Record, steps: int) -> None:
-    if record.step % max(steps // 10, 1) == 0 or record.step in (1, steps):
-        out.print(f"step {record.step}/{steps}  {_told(record)}")
+def _report(out: Console, records: Sequence[Record], steps: int) -> None:
+    step = records[-1].step
+    if len(records) == 1 or step == steps or step % max(steps // 10, 1) == 0:
+        out.print(f"step {step}/{steps}  {_told(records)}")
 
 
-def _told(record: Record) -> str:
-    return f"loss {record.loss:.3f}  {record.tokens / record.seconds:,.0f} tokens/s"
+def _told(records: Sequence[Record]) -> str:
+    last = records[-1]
+    if len(records) == 1:  # its time is that of compilation
+        return f"loss {last.loss:.3f}"
+    return f"loss {last.loss:.3f}  {last.tokens / last.seconds:,.0f} tokens/s"
 
 
 def _outcome(records: Sequence[Record]) -> RenderableType:

@@ -221,7 +221,7 @@ def _open(config: TrainConfig, resume: bool) -> Generator[Checkpoints]:
         options=options,
         item_handlers=ocp.StandardCheckpointHandler(),
     ) as manager:
-        if not resume and manager.latest_step() is not None:
+        if not resume and manager.latest_step():  # a run of no steps yet may begin again
             raise CheckpointError(
                 f"{manager.directory} holds a run of {manager.latest_step()} steps already; "
                 f"resume it, or name another folder."
