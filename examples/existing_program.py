@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# ------------------------------------------------------------- the program: Flax, optax and JAX only
+# ------------------------------------------------------------ the program: Flax, optax and JAX only
 
 
 class Block(nnx.Module):
@@ -48,7 +48,7 @@ def training(mesh: Mesh):
     return step, (params, optimizer.init(params), x, y)
 
 
-# ------------------------------------------------------------------------------------ gspmd reads it
+# ----------------------------------------------------------------------------------- gspmd reads it
 
 if __name__ == "__main__":
     import gspmd

@@ -5,6 +5,7 @@ device is needed: the arguments are shapes.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,25 +34,29 @@ def train_step(params: dict[str, jax.Array], moments: optax.OptState, x: jax.Arr
     return value, optax.apply_updates(params, updates), moments
 
 
-def plan() -> gspmd.Plan:
-    """The step on 32 devices."""
+def megatron() -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """What to plan: the step, its arguments, and options. `gspmd plan examples/why.py:megatron`."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     params = {"up": shape((LAYERS, MODEL, HIDDEN)), "down": shape((LAYERS, HIDDEN, MODEL))}
     moments = jax.eval_shape(OPTIMIZER.init, params)
     x = shape((BATCH, MODEL))
-    return gspmd.plan(
-        train_step, params, moments, x, x,
-        mesh="data=8,model=4",
-        in_specs=(None, None, P("batch"), P("batch")),
-        rules={"batch": "data", "hidden": "model"},
-    )  # fmt: skip
+    return (
+        train_step,
+        (params, moments, x, x),
+        {
+            "mesh": "data=8,model=4",
+            "in_specs": (None, None, P("batch"), P("batch")),
+            "rules": {"batch": "data", "hidden": "model"},
+        },
+    )
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    made = plan()
-    sent = [c.wire_bytes * c.trips for c in made.collectives]
+    fn, args, options = megatron()
+    plan = gspmd.plan(fn, *args, **options)
+    sent = [c.wire_bytes * c.trips for c in plan.collectives]
     print(f"{len(sent)} collectives send {sum(sent) / 1e6:.1f} MB a device and step. The largest:")
-    for c in sorted(made.collectives, key=lambda c: -c.wire_bytes * c.trips)[:4]:
-        print(f"\n{c.wire_bytes * c.trips / sum(sent):.0%}: {made.why(c.number)}")
-    print(f"\nAnd a parameter:\n{made.why('params/up')}")
+    for c in sorted(plan.collectives, key=lambda c: -c.wire_bytes * c.trips)[:4]:
+        print(f"\n{c.wire_bytes * c.trips / sum(sent):.0%}: {plan.why(c.number)}")
+    print(f"\nAnd a parameter:\n{plan.why('params/up')}")

@@ -112,6 +112,8 @@ def abstract(leaf: Any, name: str = "argument") -> jax.ShapeDtypeStruct:
             if isinstance(dtype, np.dtype):
                 dtype = jax.dtypes.canonicalize_dtype(dtype)
             return jax.ShapeDtypeStruct(leaf.shape, dtype, weak_type=leaf.weak_type)
+        if hasattr(leaf, "__jax_array__"):  # an array by protocol, such as gspmd.Uneven
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         aval = jax.typeof(leaf)
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
     except (TypeError, AttributeError) as error:

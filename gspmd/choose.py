@@ -9,8 +9,9 @@ further, then the one that pays its sums later, then the result's own proposal.
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from gspmd.propagate import project
@@ -107,9 +108,21 @@ def _candidates(situation: Situation) -> list[tuple[Axes, ...]]:
         rest = split[:i] + split[i + 1 :]
         found[_merge(rule, [lead, *rest], mesh)] = None
         found[_merge(rule, [lead], mesh)] = None
-    if not found:
-        found[((),) * len(rule.sizes)] = None
+    owed = {a for have in situation.have for sharding in have for a in sharding.partial}
+    if owed or not found:
+        # A sum can only stay owed over axes that split nothing.
+        for axes in [*found, ((),) * len(rule.sizes)]:
+            found[_without(rule, axes, owed, mesh)] = None
     return list(found)
+
+
+def _without(
+    rule: FactorRule, axes: tuple[Axes, ...], owed: Collection[str], mesh: Mesh
+) -> tuple[Axes, ...]:
+    """`axes`, each factor's cut before the first that is `owed`."""
+    split = [tuple(itertools.takewhile(lambda a: a not in owed, part)) for part in axes]
+    _drop_straddling(rule, split, mesh)
+    return tuple(split)
 
 
 def _merge(

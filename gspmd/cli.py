@@ -166,7 +166,7 @@ def train(
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(min=2)] = 60,
+    steps: Annotated[int, typer.Option(min=2)] = 150,
     debug: Debug = False,
 ) -> None:
     """Train a tiny Transformer on 8 CPU devices, explained."""

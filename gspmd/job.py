@@ -57,10 +57,10 @@ class Job:
         """The state after the last step, computed by the plan on the mesh's devices."""
         return self._train(on_step, resume, compile_step=lambda step: self.plan.run)
 
-    def train_alone(self, on_step: Callable[[training.Record], None]) -> training.State:
-        """The same on one device, by `jax.jit`, without this library."""
-        alone = dataclasses.replace(self.schedule, checkpoints=None)
-        return dataclasses.replace(self, schedule=alone)._train(on_step)
+    def train_alone(self, on_step: Callable[[training.Record], None], steps: int) -> training.State:
+        """The state after `steps` steps on one device, by `jax.jit`, without this library."""
+        schedule = dataclasses.replace(self.schedule, steps=steps, checkpoints=None)
+        return dataclasses.replace(self, schedule=schedule)._train(on_step)
 
     def _train(
         self, on_step: Callable[[training.Record], None], resume: bool = False, **how: Any

@@ -403,20 +403,18 @@ class _Scope:
         moved = 0.0
         axes: dict[str, None] = {}
         for x, dims, needs in zip(op.ins, rule.ins, choice.ins, strict=True):
-            if not isinstance(x, Value) or not self.versions[x]:
-                continue
-            for have in self.versions[x]:
-                lost = [
-                    axis
-                    for factors, held in zip(dims, have.dims, strict=True)
-                    for axis in held
-                    if any(rule.kinds[f] == "whole" for f in factors)
-                ]
+            versions = self.versions[x] if isinstance(x, Value) else {}
+            lost = [
+                axis
+                for have in versions
+                for factors, held in zip(dims, have.dims, strict=True)
+                for axis in held
+                if any(rule.kinds[f] == "whole" for f in factors)
+            ]
+            if lost:
                 axes.update(dict.fromkeys(lost))
-            if axes:
                 moved += min(
-                    reshard_cost(x.shape, x.dtype, self.mesh, have, needs)
-                    for have in self.versions[x]
+                    reshard_cost(x.shape, x.dtype, self.mesh, have, needs) for have in versions
                 )
         if known and not moved:
             return

@@ -39,7 +39,7 @@ def simulator(program: Program, mesh: Mesh) -> Callable[..., list[jax.Array]]:
     Each mesh axis is a `jax.vmap`, so that the number of devices is bounded by memory alone.
     """
     run = jax.jit(lambda *args: [copies[0] for copies in _copies(program, mesh, args)])
-    return lambda *args: run(*(_on_one_device(x) for x in args))
+    return lambda *args: run(*map(_on_one_device, args, program.ins))
 
 
 def replicas(
@@ -51,7 +51,7 @@ def replicas(
     uneven inputs holds NaN, or the largest number, in place of zeros: no output may show it.
     """
     run = jax.jit(lambda *args: _copies(program, mesh, args, poison))
-    return run(*(_on_one_device(x) for x in args))
+    return run(*map(_on_one_device, args, program.ins))
 
 
 def _copies(
@@ -114,9 +114,8 @@ def _poison(dtype: np.dtype) -> np.ndarray:
     return np.asarray(True if dtype == np.bool_ else jnp.iinfo(dtype).max, dtype)
 
 
-def _on_one_device(x: Any) -> Any:
-    if isinstance(x, Uneven):
-        return np.asarray(x)
+def _on_one_device(x: Any, value: Value) -> Any:
+    x = np.asarray(x) if isinstance(x, Uneven) else _typed(x, value)
     if isinstance(x, Tracer) or not isinstance(x, jax.Array) or not x.committed:
         return x
     return jax.device_put(x, jax.local_devices()[0])
@@ -268,16 +267,14 @@ class Executable:
         if isinstance(x, Uneven):
             x = jnp.asarray(x)
         self._check_devices(value, x)
-        if isinstance(x, bool | int | float | complex):
-            x = np.asarray(x, value.dtype)
-        padded = at.sharding.padded_shape(at.shape, self.mesh)
-        if padded != at.shape and np.shape(x) == at.shape:
-            x = _pad_now(x, padded)
-        x = jax.device_put(x, sharding)
-        if x.dtype != value.dtype or x.shape != padded:
+        shape, x = np.shape(x), _typed(x, value)
+        if shape == at.shape:
+            x = _pad_now(x, at.sharding.padded_shape(at.shape, self.mesh))
+            x = jax.device_put(x, sharding)  # gives numpy's float64 JAX's precision
+        if shape != at.shape or x.dtype != value.dtype:
             raise ArgumentError(
                 f"argument {value} was planned as {show_type(at.shape, value.dtype)}, and is given "
-                f"as {show_type(x.shape, x.dtype)}; convert it, or plan again for this type."
+                f"as {show_type(shape, x.dtype)}; convert it, or plan again for this type."
             )
         return x
 
@@ -359,8 +356,15 @@ def _pad(x: Any, shape: Sequence[int]) -> Any:
     return restore(lax.pad(words, zero, [(before, after, 0) for before, after in widths]))
 
 
+def _typed(x: Any, value: Value) -> Any:
+    """Python's numbers as arrays of the type they were planned with."""
+    return np.asarray(x, value.dtype) if isinstance(x, bool | int | float | complex) else x
+
+
 def _pad_now(x: Any, shape: Sequence[int]) -> Any:
     """`_pad` of an array that is at hand, whatever mesh and trace the caller is in."""
+    if tuple(shape) == np.shape(x):
+        return x
     mesh = jax.sharding.AbstractMesh((), ())
     if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
         plain = automatic(cast(DeviceMesh, x.sharding.mesh))

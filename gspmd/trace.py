@@ -162,8 +162,8 @@ _CONTROL = {
     "scan": ("scan", ("jaxpr",), ("num_consts", "num_carry", "length", "reverse", "unroll")),
     "while": ("while", ("cond_jaxpr", "body_jaxpr"), ("cond_nconsts", "body_nconsts")),
     "cond": ("cond", ("branches",), ()),
-    "remat2": ("remat", ("jaxpr",), ("prevent_cse", "policy")),
-    "checkpoint": ("remat", ("jaxpr",), ("prevent_cse", "policy")),
+    "remat2": ("remat", ("jaxpr",), ("prevent_cse", "policy", "differentiated")),
+    "checkpoint": ("remat", ("jaxpr",), ("prevent_cse", "policy", "differentiated")),
 }
 # What the sharding of a value may be called in the params of a primitive.
 _REQUESTS = ("out_sharding", "sharding")

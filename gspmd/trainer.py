@@ -21,7 +21,9 @@ from gspmd.show import plan_json, summary
 from gspmd.terminal import LIMIT_BROKEN, complain, console, printable, say, say_json
 
 PROMPT = "def "
-SAME_LOSS = 1e-4  # relative: what sums of float32 in another order may amount to
+# Sums of float32 in another order differ in their last bit. Training amplifies that: two runs of
+# plain jax.jit whose parameters start one last bit apart are 1e-4 apart after some 100 steps.
+COMPARED, SAME_LOSS = 60, 1e-4  # steps, relative
 
 
 def train(job: Job, *, resume: bool, plot: Path | None, sample: int, as_json: bool) -> None:
@@ -64,10 +66,11 @@ def demo(steps: int) -> None:
     records, state = _run(job)
     say(_outcome(records))
     alone: list[Record] = []
-    job.train_alone(alone.append)
-    worst = max(abs(a.loss - r.loss) / abs(a.loss) for a, r in zip(alone, records, strict=True))
-    _title("The same steps on one device with jax.jit, nothing partitioned:")
-    say(f"no loss differs by more than {worst:.1e}, relatively")
+    job.train_alone(alone.append, steps=min(steps, COMPARED))
+    pairs = zip(alone, records, strict=False)
+    worst = max(abs(a.loss - r.loss) / abs(a.loss) for a, r in pairs)
+    _title(f"The first {len(alone)} steps again, on one device with jax.jit, unpartitioned:")
+    say(f"losses differ by {worst:.1e} at most, relatively")
     _title(f"What it writes after {PROMPT!r}, {steps} steps old:")
     say(Text(printable(job.sample(state, PROMPT, 160))))
     if not worst <= SAME_LOSS:

@@ -25,8 +25,9 @@ class Uneven(np.lib.mixins.NDArrayOperatorsMixin):
     """An array of logical `shape` whose shards, padding included, are those of `padded`.
 
     It acts as the array of its logical shape: `np.asarray(u)`, `jnp.asarray(u)`, `u + 1`, `u[3:]`,
-    `u.sum()`, `pickle.dumps(u)` (which stores a numpy array). All but the first gather the uneven
-    dims, and so must a use inside `jax.jit`, to which it is passed as `jnp.asarray(u)`.
+    `u.sum()`, `pickle.dumps(u)` (which stores a numpy array). JAX's own functions, `jax.jit` and
+    `jnp.sum` alike, know only their own arrays: they take `jnp.asarray(u)`, an ordinary array whose
+    uneven dims are gathered, as they are for arithmetic.
     """
 
     __slots__ = ("padded", "shape")

@@ -80,8 +80,8 @@ class Drawn:
 class Drawing:
     """A program under construction."""
 
-    def __init__(self, draw: Any, mesh: dict[str, int], smooth: bool) -> None:
-        self.draw, self.mesh, self.smooth = draw, mesh, smooth
+    def __init__(self, draw: Any, mesh: dict[str, int]) -> None:
+        self.draw, self.mesh = draw, mesh
         self.entries: list[Entry] = []
         self.args: list[np.ndarray] = []
         self.steps: list[Step] = []
@@ -145,7 +145,7 @@ def shapes(d: Drawing, low: int = 1, high: int = 3) -> tuple[int, ...]:
 
 
 def parameter(d: Drawing, shape: tuple[int, ...]) -> int | None:
-    """A new argument is only possible before the first step; later, a constant."""
+    """A value of `shape`, a new constant if there is none yet."""
     found = d.of_shape(shape, exact=True)
     if found is not None:
         return found
@@ -571,9 +571,9 @@ MESHES = (
 
 
 @st.composite
-def programs(draw: Any, steps: int = 8, smooth: bool = False) -> Drawn:
+def programs(draw: Any, steps: int = 8, smooth: bool = False, annotated: bool = True) -> Drawn:
     """A drawn program; `smooth` ones have a reverse-mode derivative."""
-    d = Drawing(draw, draw(st.sampled_from(MESHES)), smooth)
+    d = Drawing(draw, draw(st.sampled_from(MESHES)))
     for k in range(d.number(1, 3)):
         shape = shapes(d)
         d.args.append(
@@ -584,7 +584,11 @@ def programs(draw: Any, steps: int = 8, smooth: bool = False) -> Drawn:
         shape = shapes(d, 1, 2)
         d.args.append(np.random.default_rng(9).integers(0, 5, shape).astype(np.int32))
         d.entries.append(Entry(shape, np.dtype(np.int32), True))
-    moves = [move for move in (*MOVES, *ALSO) if not (smooth and move is loop)]
+    moves = [
+        move
+        for move in (*MOVES, *ALSO)
+        if (annotated or move is not annotation) and not (smooth and move is loop)
+    ]
     for _ in range(d.number(2, steps)):
         d.pick(moves)(d)
     count = len(d.args)

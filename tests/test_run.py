@@ -342,6 +342,7 @@ def test_python_scalars_are_arguments() -> None:
     run = compile_program(write.program(out), mesh_of(x=2), write.mesh)
     check(run(3), [np.float32(6)])
     check(run(1.5), [np.float32(3)])
+    check(simulate(run.program, write.mesh, [3]), [np.float32(6)])
 
 
 @pytest.mark.parametrize("rows", [8, 6], ids=["even", "uneven"])
@@ -472,6 +473,10 @@ def test_another_type_is_refused() -> None:
     message = r"argument params/w was planned as f32\[8,2\], and is given as i32\[8,2\];"
     with pytest.raises(ArgumentError, match=message):
         run(np.ones((8, 2), "int32"))
+    program, mesh = doubling(6, x=2, y=2)
+    uneven = compile_program(program, mesh_of(x=2, y=2), mesh)
+    with pytest.raises(ArgumentError, match=r"planned as f32\[6,2\], and is given as f32\[8,2\]"):
+        uneven(np.ones((8, 2), F32))  # the shape with its padding
 
 
 def test_too_few_devices() -> None:

@@ -1,4 +1,4 @@
-"""Passes on the local program: each a function from a program to a program, one file each."""
+"""Passes on the local program: each from a program to a program, one file each."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from gspmd.optimize.scatter import scatter
 from gspmd.optimize.share import share
 from gspmd.sharding import Mesh
 
-Pass = Callable[[Program], Program]
+Pass = Callable[[Program, Mesh], Program]
 
 PASSES: tuple[Pass, ...] = (share, scatter, drop_unused, combine)
 
@@ -17,5 +17,5 @@ PASSES: tuple[Pass, ...] = (share, scatter, drop_unused, combine)
 def optimize(program: Program, mesh: Mesh, passes: tuple[Pass, ...] = PASSES) -> Program:
     """The local program after `passes`, in order, verified after each."""
     for apply in passes:
-        program = verify(apply(program), mesh)
+        program = verify(apply(program, mesh), mesh)
     return program

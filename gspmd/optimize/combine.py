@@ -9,13 +9,13 @@ import dataclasses
 import math
 
 from gspmd.ir import Op, Program, Value, values_of
-from gspmd.sharding import Axes, itemsize
+from gspmd.sharding import Axes, Mesh, itemsize
 
 SMALL = 1 << 20
 """Bytes per device up to which the latency of a reduction counts for more than its bytes."""
 
 
-def combine(program: Program) -> Program:
+def combine(program: Program, mesh: Mesh) -> Program:
     """Merges independent small all_reduces of equal axes, reduction and dtype.
 
     Each waits until a result of its group is first used; then the group goes out as one.
@@ -35,7 +35,7 @@ def combine(program: Program) -> Program:
             if x in group_of:
                 send(group_of[x])
         if op.bodies:
-            op = dataclasses.replace(op, bodies=tuple(map(combine, op.bodies)))
+            op = dataclasses.replace(op, bodies=tuple(combine(body, mesh) for body in op.bodies))
         if op.name == "all_reduce" and _bytes(op) <= SMALL:
             key = (op.params["axes"], op.params["reduction"], str(op.outs[0].dtype))
             waiting.setdefault(key, []).append(op)

@@ -8,9 +8,10 @@ return %0                   return %0
 import dataclasses
 
 from gspmd.ir import Op, Program, Value, values_of
+from gspmd.sharding import Mesh
 
 
-def drop_unused(program: Program) -> Program:
+def drop_unused(program: Program, mesh: Mesh) -> Program:
     """Removes the ops that no output depends on, in bodies too; ops without results stay."""
     live: set[Value] = set(values_of(program.outs))
     kept: list[Op] = []
@@ -19,6 +20,7 @@ def drop_unused(program: Program) -> Program:
             continue
         live.update(values_of(op.ins))
         if op.bodies:
-            op = dataclasses.replace(op, bodies=tuple(map(drop_unused, op.bodies)))
+            bodies = tuple(drop_unused(body, mesh) for body in op.bodies)
+            op = dataclasses.replace(op, bodies=bodies)
         kept.append(op)
     return dataclasses.replace(program, ops=tuple(reversed(kept)))

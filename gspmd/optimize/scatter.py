@@ -9,9 +9,10 @@ import dataclasses
 from types import MappingProxyType
 
 from gspmd.ir import Op, Program, Value, values_of
+from gspmd.sharding import Mesh
 
 
-def scatter(program: Program) -> Program:
+def scatter(program: Program, mesh: Mesh) -> Program:
     """Fuses each all_reduce whose only use is an even `shard` along the same axes."""
     uses: collections.Counter[Value] = collections.Counter(values_of(program.outs))
     for op in program.ops:
@@ -21,12 +22,12 @@ def scatter(program: Program) -> Program:
     ops: list[Op] = []
     for op in program.ops:
         if op.bodies:
-            op = dataclasses.replace(op, bodies=tuple(map(scatter, op.bodies)))
+            op = dataclasses.replace(op, bodies=tuple(scatter(body, mesh) for body in op.bodies))
         elif op.name == "all_reduce" and len(op.ins) == 1 and op.params["reduction"] == "sum":
             reductions[op.outs[0]] = op
         elif op.name == "shard" and op.ins[0] in reductions:
             reduction = reductions[op.ins[0]]
-            if uses[reduction.outs[0]] == 1 and _same_block(op, reduction):
+            if uses[reduction.outs[0]] == 1 and _same_block(op, reduction, mesh):
                 replaced.add(reduction)
                 params = {"axes": op.params["axes"], "dim": op.params["dim"], "reduction": "sum"}
                 op = dataclasses.replace(
@@ -40,6 +41,6 @@ def scatter(program: Program) -> Program:
     return dataclasses.replace(program, ops=tuple(op for op in ops if op not in replaced))
 
 
-def _same_block(shard: Op, reduction: Op) -> bool:
-    size, block = shard.params["size"], shard.outs[0].shape[shard.params["dim"]]
-    return shard.params["axes"] == reduction.params["axes"] and size % block == 0
+def _same_block(shard: Op, reduction: Op, mesh: Mesh) -> bool:
+    axes = shard.params["axes"]
+    return axes == reduction.params["axes"] and shard.params["size"] % mesh.size(axes) == 0

@@ -10,9 +10,10 @@ from collections.abc import Hashable
 from typing import Any
 
 from gspmd.ir import Op, Operand, Program, Value
+from gspmd.sharding import Mesh
 
 
-def share(program: Program) -> Program:
+def share(program: Program, mesh: Mesh) -> Program:
     """Merges ops of equal name, operands, params and result types; looks inside each body alone."""
     seen: dict[Hashable, Op] = {}
     renamed: dict[Value, Value] = {}
@@ -23,7 +24,7 @@ def share(program: Program) -> Program:
 
     for op in program.ops:
         op = dataclasses.replace(
-            op, ins=tuple(map(new, op.ins)), bodies=tuple(map(share, op.bodies))
+            op, ins=tuple(map(new, op.ins)), bodies=tuple(share(body, mesh) for body in op.bodies)
         )
         key = _key(op)
         if key is not None and key in seen:

@@ -6,7 +6,6 @@ from typing import Any
 from gspmd.ir import Op
 from gspmd.rules.factor import Dims, FactorRule, Factors, gathered, rule
 
-
 BILINEAR = ((0,), (1,))
 
 

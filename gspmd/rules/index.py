@@ -43,9 +43,9 @@ def localize(
 ) -> tuple[Any, Any, Any]:
     """The index vectors for a device's shard; which are its own; which are valid.
 
-    Component i of a vector (in the last dim) is valid within [0, bounds[i]], else clamped. It is the
-    device's own if it lies in its block of blocks[i] rows along axes[i]; others are moved to the
-    nearest row held here.
+    Component i of a vector (in the last dim) is valid within [0, bounds[i]], else clamped. It is
+    the device's own if it lies in its block of blocks[i] rows along axes[i]; others are moved to
+    the nearest row held here.
     """
     own = valid = jnp.ones(indices.shape[:-1], bool)
     parts: list[Any] = []
@@ -101,10 +101,11 @@ def _gather_call(op: Op, split: Split) -> Callable[..., Any]:
 
 @rule("gather", params=_gather_params, call=_gather_call)
 def gather(op: Op) -> FactorRule:
-    """Dims taken in full pass; so do dims of the indices; dims taken one row at a time are summed."""
+    """Dims taken in full pass, and dims of the indices; dims taken row by row are summed."""
     (operand, indices), (out,) = op.ins, op.outs
     numbers, sizes = op.params["dimension_numbers"], op.params["slice_sizes"]
-    paired = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
+    batching = numbers.start_indices_batching_dims
+    paired = dict(zip(numbers.operand_batching_dims, batching, strict=True))
     f = Factors()
     batch = f.dims(indices.shape[:-1])
     slices: list[tuple[int, ...]] = []  # of the result's offset dims, in order
@@ -206,7 +207,7 @@ def _shared_axes(op: Op, split: Split) -> Axes:
     call=_scatter_call,
 )  # fmt: skip
 def scatter(op: Op) -> FactorRule:
-    """Dims updated in full pass; so do dims updated one row at a time, the updates being whole there.
+    """Dims updated in full pass, and dims updated row by row, where the updates stay whole.
 
     The updates themselves are shared out if their order does not matter.
     """
@@ -285,7 +286,7 @@ def _clamped_starts(
 
 @rule("dynamic_slice", params=_dynamic_slice_params, call=_dynamic_slice_call)
 def dynamic_slice(op: Op) -> FactorRule:
-    """Dims taken in full pass. Dims of which at most half is taken are summed: zeros from elsewhere."""
+    """Dims taken in full pass; dims of which at most half is taken are summed."""
     f = Factors()
     ins: list[tuple[int, ...]] = []
     outs: list[tuple[int, ...]] = []

@@ -47,7 +47,7 @@ def tridiagonal_solve(op: Op) -> FactorRule:
 
 
 def _solved(op: Op, rhs: int, free: int, core: int = 2) -> FactorRule:
-    """As `batched`, but operand `rhs` and the result, in which the op is linear, share a dim `free`."""
+    """As `batched`; linear in operand `rhs`, which shares the dim `free` with the result."""
     made = batched(op, core, linear=((rhs,),))
     (factor,), (same,) = made.ins[rhs][free], made.outs[0][free]
     kinds = tuple("pass" if f == factor else kind for f, kind in enumerate(made.kinds))

@@ -1,4 +1,4 @@
-"""Rules of the elementwise primitives: all dims pass, scalars stay whole, sums pass where linear."""
+"""Rules of the elementwise primitives: all dims pass, and sums where the op is linear."""
 
 from collections.abc import Callable
 from typing import Any
@@ -90,7 +90,7 @@ def _holds(wide: Any, narrow: Any) -> bool:
 
 @rule("bitcast_convert_type")
 def bitcast_convert_type(op: Op) -> FactorRule:
-    """Dims pass; between types of different width the minor dim, which holds the parts, is whole."""
+    """Dims pass; the minor dim that types of different width gain or lose is whole."""
     (x,), (y,) = op.ins, op.outs
     f = Factors()
     shared = f.dims(x.shape[: len(y.shape)] if len(x.shape) > len(y.shape) else x.shape)
@@ -120,7 +120,7 @@ def _both(_op: Op, _split: Split) -> Callable[..., Any]:
 
 @rule("shard_alike", call=_both)
 def shard_alike(op: Op) -> FactorRule:
-    """The two operands are split alike, which is all that the op asks for: locally it does nothing."""
+    """The two operands are split alike, which is all that the op asks for."""
     return pointwise(op)
 
 

@@ -61,11 +61,10 @@ def _random_bits_call(op: Op, split: Split) -> Callable[..., Any]:
     def local(keys: Any, **_: Any) -> Any:
         words = jax.random.key_data(keys)
         counters = flat_positions(op.params["shape"], shape[rank:], axes)
-        hashed = threefry2x32_p.bind(
-            *(_spread(words[..., i], shape, range(rank)) for i in range(2)),
-            *(_spread(counter, shape, range(rank, len(shape))) for counter in counters),
-        )
-        return _to_width(*hashed, op.params["bit_width"])
+        operands = [_spread(words[..., i], shape, range(rank)) for i in range(2)]
+        operands += [_spread(counter, shape, range(rank, len(shape))) for counter in counters]
+        high, low = threefry2x32_p.bind(*operands)
+        return _to_width(high, low, op.params["bit_width"])
 
     return local
 
@@ -118,7 +117,8 @@ def random_bits(op: Op) -> FactorRule:
     """Any dim may be split, if the generator is a counter; else the bits of one key stay whole."""
     (keys,), (out,) = op.ins, op.outs
     rank = len(keys.shape)
-    counted = str(keys.dtype) == "key<fry>" and jax.config.jax_threefry_partitionable
+    by_counter = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
+    counted = str(keys.dtype) == "key<fry>" and by_counter
     f = Factors()
     batch = f.dims(out.shape[:rank])
     bits = f.dims(out.shape[rank:], "pass" if counted else "whole")

@@ -44,7 +44,7 @@ def arg_reduction(op: Op) -> FactorRule:
 
 @rule("reduce")
 def reduce(op: Op) -> FactorRule:
-    """n operands, then n initial scalars, reduced by the user's function: reduced dims stay whole."""
+    """n operands, then n initial scalars; the user's function reduces whole dims."""
     return _reduced(op, op.params["dimensions"], "whole")
 
 
@@ -72,7 +72,8 @@ def _windowed(op: Op, linear: tuple[tuple[int, ...], ...] = ()) -> FactorRule:
         )
     ]
     f = Factors()
-    shared = [f.new(n) if is_trivial else None for n, is_trivial in zip(op.ins[0].shape, trivial)]
+    shape = op.ins[0].shape
+    shared = [f.new(n) if passes else None for n, passes in zip(shape, trivial, strict=True)]
 
     def dims(shape: tuple[int, ...]) -> Dims:
         return tuple(

@@ -1,11 +1,11 @@
 """One use or more of every primitive in the rule table, for the brute-force check.
 
-Sizes are small, differ from dim to dim, and mostly do not divide by both 2 and 3, so that every factor
-is split evenly and unevenly.
+Sizes are small, differ from dim to dim, and mostly are not multiples of both 2 and 3, so that every
+factor is split evenly and unevenly.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.extend.core import primitives
 from jax.extend.random import threefry2x32_p
 
 from gspmd.ir import Op, Value
-from gspmd.rules.check import Case, Sample
+from gspmd.rules.cases import Case, Sample
 
 
 def floats(*shape: int, low: float = -1.0, high: float = 1.0, dtype: Any = np.float32) -> Any:
@@ -107,13 +107,19 @@ def _other_pointwise() -> Iterator[Sample | Case]:
     yield Sample("clamp", lambda x: lax.clamp(-0.5, x, 0.5), (x,))
     yield Sample("clamp", lax.clamp, (np.minimum(x, y), x, np.maximum(x, y)))
     for dtype in (jnp.bfloat16, np.int32, np.complex64):
-        yield Sample("convert_element_type", lambda x, t=dtype: lax.convert_element_type(x, t), (x,))
+        yield Sample(
+            "convert_element_type", lambda x, t=dtype: lax.convert_element_type(x, t), (x,)
+        )
     half = ints(4, 5).astype(jnp.bfloat16)
     yield Sample("convert_element_type", lambda x: x.astype(np.float32), (half,))
     for dtype in (np.int32, np.uint8):
-        yield Sample("bitcast_convert_type", lambda x, t=dtype: lax.bitcast_convert_type(x, t), (x,))
+        yield Sample(
+            "bitcast_convert_type", lambda x, t=dtype: lax.bitcast_convert_type(x, t), (x,)
+        )
     narrow = ints(4, 5, 2, dtype=np.uint16)
-    yield Sample("bitcast_convert_type", lambda x: lax.bitcast_convert_type(x, np.float32), (narrow,))
+    yield Sample(
+        "bitcast_convert_type", lambda x: lax.bitcast_convert_type(x, np.float32), (narrow,)
+    )
     a, b = (Value(i, (4, 5), np.dtype("f4")) for i in range(2))
     yield Case(Op("constraint", (a,), (b,), call=lambda x: x), (x,))
     yield Sample("optimization_barrier", lambda *x: lax.optimization_barrier(x), (x, ints(3)))
@@ -133,7 +139,9 @@ def _shard_alike(x: Any, y: Any) -> Any:
 def _contractions() -> Iterator[Sample | Case]:
     dot = functools.partial(Sample, "dot_general")
     yield dot(jnp.matmul, (floats(4, 5), floats(5, 3)))
-    yield dot(lambda a, b: jnp.einsum("bik,bjkl->bijl", a, b), (floats(4, 2, 5), floats(4, 3, 5, 2)))
+    yield dot(
+        lambda a, b: jnp.einsum("bik,bjkl->bijl", a, b), (floats(4, 2, 5), floats(4, 3, 5, 2))
+    )
     yield dot(lambda a, b: jnp.einsum("kil,lbk->bi", a, b), (floats(4, 3, 5), floats(5, 2, 4)))
     yield dot(lambda a, b: lax.dot_general(a, b, (((), ()), ((), ()))), (floats(4), floats(5)))
     sizes = np.array([1, 3, 2], np.int32)
@@ -166,8 +174,8 @@ def _contractions() -> Iterator[Sample | Case]:
 def _reductions() -> Iterator[Sample | Case]:
     x = floats(4, 5, 3)
     for name, fn in {
-        "reduce_sum": jnp.sum, "reduce_max": jnp.max, "reduce_min": jnp.min, "reduce_prod": jnp.prod,
-        "argmax": jnp.argmax, "argmin": jnp.argmin,
+        "reduce_sum": jnp.sum, "reduce_max": jnp.max, "reduce_min": jnp.min,
+        "reduce_prod": jnp.prod, "argmax": jnp.argmax, "argmin": jnp.argmin,
     }.items():  # fmt: skip
         yield Sample(name, functools.partial(fn, axis=1), (x,))
     yield Sample("reduce_sum", jnp.sum, (x,))
@@ -234,7 +242,9 @@ def _broadcasts() -> Iterator[Sample | Case]:
     for dtype in (np.int32, jnp.bfloat16, np.uint8):
         yield Sample("iota", lambda t=dtype: lax.broadcasted_iota(t, (4, 301), 1))
     yield Sample("empty", lambda: lax.empty((4, 5), np.float32))
-    yield Sample("empty2", lambda: primitives.empty2_p.bind(dtype=np.dtype("f4"), memory_space=_ANY))
+    yield Sample(
+        "empty2", lambda: primitives.empty2_p.bind(dtype=np.dtype("f4"), memory_space=_ANY)
+    )
 
 
 _ANY = jax.memory.Space.Device
@@ -263,7 +273,9 @@ def _slices() -> Iterator[Sample | Case]:
     yield Sample("slice", lambda x: lax.slice(x, (0, 1, 0), (4, 6, 5), (1, 2, 1)), (x,))
     yield Sample("slice", lambda x: lax.slice(x, (0, 1, 0), (4, 6, 5), (1, 3, 1)), (x,))
     yield Sample("slice", lambda x: lax.slice(x, (0, 1, 0), (4, 3, 5)), (x,))
-    yield Sample("pad", lambda x: lax.pad(x, np.float32(0), ((0, 0, 0), (1, 0, 1), (0, 0, 0))), (x,))
+    yield Sample(
+        "pad", lambda x: lax.pad(x, np.float32(0), ((0, 0, 0), (1, 0, 1), (0, 0, 0))), (x,)
+    )
     padding = ((1, 0, 0), (2, -1, 0), (0, 0, 0))
     yield Sample("pad", lambda x, y: lax.pad(x, y, padding), (x, np.float32(2)))
 
@@ -316,7 +328,9 @@ def _scatters() -> Iterator[Sample | Case]:
             "scatter-mul": lax.scatter_mul,
         }.items():  # fmt: skip
             yield scatter(name, fn, (table, rows, updates), mode=mode)
-    yield scatter("scatter", lax.scatter, (table, unique, updates), unique_indices=True, mode="drop")
+    yield scatter(
+        "scatter", lax.scatter, (table, unique, updates), unique_indices=True, mode="drop"
+    )
     yield scatter("scatter-max", lax.scatter_max, (ints(7, 5), rows, ints(4, 3, 5, high=20)))
     ordered = np.sort(ints(5, 1, high=7), 0)
     yield scatter(
@@ -346,7 +360,8 @@ def _dynamic_slices() -> Iterator[Sample | Case]:
             lambda x, y, i: lax.dynamic_update_slice_p.bind(x, y, i, np.int32(0), np.int32(1)),
             (x, floats(rows, 5, 2), np.int32(start)),
         )
-    yield Sample("dynamic_slice", lambda x: lax.dynamic_slice(x, (np.uint8(200),), (2,)), (bools(9),))
+    unsigned = (bools(9), np.uint8(200))
+    yield Sample("dynamic_slice", lambda x, i: lax.dynamic_slice(x, (i,), (2,)), unsigned)
 
 
 # --- random numbers
@@ -362,7 +377,9 @@ def _random() -> Iterator[Sample | Case]:
     yield Sample("random_split", lambda k: jax.random.split(k, 3), (key,))
     yield Sample("random_split", jax.vmap(jax.random.split), (keys,))
     yield Sample("random_fold_in", jax.vmap(jax.random.fold_in), (keys, np.arange(5, dtype="u4")))
-    yield Sample("random_fold_in", lambda k: jax.vmap(lambda k: jax.random.fold_in(k, 3))(k), (keys,))
+    yield Sample(
+        "random_fold_in", lambda k: jax.vmap(lambda k: jax.random.fold_in(k, 3))(k), (keys,)
+    )
     yield Sample("random_seed", jax.vmap(jax.random.key), (np.arange(5),))
     yield Sample("random_wrap", jax.random.wrap_key_data, (jax.random.key_data(keys),))
     yield Sample("random_unwrap", jax.random.key_data, (keys,))
@@ -394,9 +411,9 @@ def _linalg() -> Iterator[Sample | Case]:
     x = floats(5, 4, 4) + 2 * np.eye(4, dtype=np.float32)
     spd = (x @ x.swapaxes(1, 2)).astype(np.float32)
     for name, fn in {
-        "cholesky": lambda x: la.cholesky(x, symmetrize_input=False), "eig": la.eig, "eigh": la.eigh,
-        "hessenberg": la.hessenberg, "lu": la.lu, "qr": la.qr, "schur": la.schur, "svd": la.svd,
-        "tridiagonal": la.tridiagonal,
+        "cholesky": lambda x: la.cholesky(x, symmetrize_input=False), "eig": la.eig,
+        "eigh": la.eigh, "hessenberg": la.hessenberg, "lu": la.lu, "qr": la.qr, "schur": la.schur,
+        "svd": la.svd, "tridiagonal": la.tridiagonal,
     }.items():  # fmt: skip
         yield Sample(name, fn, (spd,))
     yield Sample("geqrf", lambda x: jnp.linalg.qr(x, mode="raw"), (x,))
@@ -419,5 +436,3 @@ def _linalg() -> Iterator[Sample | Case]:
     z = (floats(4, 5, 6) + 0j).astype(np.complex64)
     yield Sample("fft", lambda x: lax.fft(x, "FFT", (6,)), (z,))
     yield Sample("fft", lambda x: lax.fft(x, "IRFFT", (5, 10)), (z,))
-
-

@@ -13,7 +13,7 @@ from gspmd.rules.factor import Dims, FactorRule, Factors, Split, gathered, rule
 
 
 def tied(op: Op, whole: Collection[int], **options: Any) -> FactorRule:
-    """All operands and results are split alike, except in the dims `whole`; scalars have no factors."""
+    """All operands and results are split alike, except in the dims `whole`; scalars aside."""
     f = Factors()
     shape = max((x.shape for x in (*op.ins, *op.outs)), key=len)
     shared = {d: f.new(n) for d, n in enumerate(shape) if d not in whole}

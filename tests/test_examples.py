@@ -1,0 +1,79 @@
+"""Each example runs as a user would run it, and prints its point."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+LONGEST = 70  # lines; an example is read in one go
+
+# A line that must be there, as a pattern, for each thing that the example shows.
+SHOWN = {
+    "existing_program": [
+        r"^12 collectives, ",
+        r"^  #1 all_reduce\[model\] f32\[512@data,64\]: 1 x 98,304 B, forward, .*\.py:27$",
+        r"^loss (\d\.\d+) here, \1 by jax\.jit$",
+        r"^largest difference in any result: (0\.0e\+00|\d\.\de-0[5-9])$",
+    ],
+    "pod_on_a_laptop": [
+        r"^137,702,416,384 parameters, 138,334,336 on each device;",
+        r"^reduce_scatter +model +\d+ +\d+\.\d\d$",
+        r"^planned in \d+\.\d\d s: trace ",
+    ],
+    "uneven": [
+        r"^gathered at the boundary: 0$",
+        r"^step 2: loss (\d\.\d{4})\d*, on one device \1",
+        r"^out is Uneven\(f32\[6@model,8,32\]\); .*\(2, 8, 32\)",
+        r"^np.asarray\(out\) has shape \(6, 8, 32\)$",
+    ],
+    "why": [
+        r"^5 collectives send 83\.9 MB a device and step",
+        r"^15%: #1 all_reduce\[model\] f32\[4096@data,1024\]: 4 x 3,145,728 B, forward, .*\.py:23$",
+        r"^ +operand 0 f32\[4096@data,4096@model\], dim 1: annotate .*\(.*\.py:22\)$",
+        r"^params/up is f32\[4,1024,4096@model\]$",
+    ],
+}
+
+
+def run(script: Path, *args: str, cwd: Path = ROOT) -> str:
+    """What a script prints, run on its own: warnings are errors, devices are its own matter."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script), *args],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_listed() -> None:
+    assert [path.stem for path in EXAMPLES] == sorted(SHOWN)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_shows_its_point(path: Path) -> None:
+    printed = run(path)
+    for pattern in SHOWN[path.stem]:
+        assert re.search(pattern, printed, re.MULTILINE), f"no {pattern!r} in:\n{printed}"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < LONGEST
+
+
+def test_the_existing_program_knows_nothing_of_gspmd() -> None:
+    """Above the line that says so, neither code nor imports mention it."""
+    text = (ROOT / "examples/existing_program.py").read_text()
+    program, _, reader = text.partition("gspmd reads it")
+    assert "gspmd" not in program.partition("the program: Flax")[2]
+    assert "import gspmd" in reader
