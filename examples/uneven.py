@@ -47,7 +47,6 @@ if __name__ == "__main__":
     print("what each device sends in a step:")
     for collective in plan.collectives:
         print(" ", collective)
-    inputs = {value.id for value in plan.program.ins}
     gathers = [c for c in plan.collectives if c.phase == "boundary" and c.kind == "all_gather"]
     print(f"gathered at the boundary: {len(gathers)}")
 

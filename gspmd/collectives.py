@@ -82,6 +82,11 @@ def _reduce_scatter(
         (x,) = _all_to_all(x, target=target, axes=axes, split_dim=dim, concat_dim=dim)
         pieces = x.reshape(*x.shape[:dim], group, *piece[dim:])
         return (restore(_reduce(pieces, dim, reduction)),)
+    if target == "devices" and dim == x.ndim - 1:
+        # Pieces as a dim of their own: a tiled scatter of the minor dim into pieces of 128 becomes
+        # an all-reduce and a slice in the TPU compiler, at twice the bytes (libtpu 0.0.42).
+        x = x.reshape(*x.shape[:dim], group, piece[dim])
+        return (restore(lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=False)),)
     # One axis at a time, the major one goes first: its pieces are the large ones.
     for part in [axes] if target == "devices" else axes:
         x = lax.psum_scatter(x, part, scatter_dimension=dim, tiled=True)

@@ -1,7 +1,7 @@
 """Programs drawn by hypothesis: small jax.numpy functions, strung together, with meshes and specs.
 
-Values are `exact` while they are small whole numbers, which sums in any order give alike; what jumps
-(comparisons, argmax, sort, top_k, rounding) is only done to these. The others are compared with a
+Values are `exact` while they are small whole numbers, whose sums are the same in any order; what
+jumps (comparisons, argmax, sort, top_k) is done to these only. The others are compared with a
 tolerance.
 """
 
@@ -174,7 +174,7 @@ def binary(d: Drawing) -> None:
     if i is None:
         return
     shape = d.entries[i].shape
-    j = d.find(lambda e: e.kind == "f" and e.shape in (shape, shape[1:], shape[:-1] + (1,), ()))
+    j = d.find(lambda e: e.kind == "f" and e.shape in (shape, shape[1:], (*shape[:-1], 1), ()))
     assert j is not None
     exact = d.entries[i].exact and d.entries[j].exact
     table: dict[str, Any] = {"add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply}

@@ -16,7 +16,7 @@ LONGEST = 70  # lines; an example is read in one go
 SHOWN = {
     "existing_program": [
         r"^12 collectives, ",
-        r"^  #1 all_reduce\[model\] f32\[512@data,64\]: 1 x 98,304 B, forward, .*\.py:27$",
+        r"^  #1 all_reduce\[model\] f32\[512@data,64\]: 1 x 98,304 B, forward, .*\.py:\d+$",
         r"^loss (\d\.\d+) here, \1 by jax\.jit$",
         r"^largest difference in any result: (0\.0e\+00|\d\.\de-0[5-9])$",
     ],
@@ -33,8 +33,8 @@ SHOWN = {
     ],
     "why": [
         r"^5 collectives send 83\.9 MB a device and step",
-        r"^15%: #1 all_reduce\[model\] f32\[4096@data,1024\]: 4 x 3,145,728 B, forward, .*\.py:23$",
-        r"^ +operand 0 f32\[4096@data,4096@model\], dim 1: annotate .*\(.*\.py:22\)$",
+        r"^15%: #1 all_reduce\[model\] f32\[4096@data,1024\]: 4 x 3,145,728 B, forward, .*\.py:",
+        r"^ +operand 0 f32\[4096@data,4096@model\], dim 1: annotate .*\(.*\.py:\d+\)$",
         r"^params/up is f32\[4,1024,4096@model\]$",
     ],
 }

@@ -116,6 +116,12 @@ def two_small_sums(b: Builder) -> Program:
     return b.done(plus(b, first, second))
 
 
+def a_sum_used_early(b: Builder) -> Program:
+    x, y = owed_sum(b, "x", 4), owed_sum(b, "y", 4)
+    early = b.op("tanh", [paid(b, x)], b.value((4,), ((),)), jnp.tanh)
+    return b.done(plus(b, early, paid(b, y)))
+
+
 def one_sum_of_another(b: Builder) -> Program:
     first = paid(b, owed_sum(b, "x", 4))
     again = b.op("mul", [first, first], b.value((4,), ((),), ("x",)), lambda x, y: x * y)
@@ -161,6 +167,15 @@ CASES: dict[str, tuple[Pass, Callable[[Builder], Program], str]] = {
           #1 %2: f32[4], %3: f32[4] = all_reduce[x] %0, %1
           %4: f32[4] = add %2, %3
           return %4
+        """),
+    "combine sends a sum ahead of its use": (combine, a_sum_used_early, """
+        program (x: f32[8@x,4], y: f32[8@x,4])
+          %0: f32[4]+x = reduce_sum[axes=(0,)] x
+          %1: f32[4]+x = reduce_sum[axes=(0,)] y
+          #1 %2: f32[4], %3: f32[4] = all_reduce[x] %0, %1
+          %4: f32[4] = tanh %2
+          %5: f32[4] = add %4, %3
+          return %5
         """),
     "combine keeps a sum behind the sum that it needs": (combine, one_sum_of_another, """
         program (x: f32[8@x,4])
@@ -221,8 +236,8 @@ def test_large_sums_travel_alone() -> None:
 def test_passes_reach_into_bodies() -> None:
     def fn(x: Any) -> Any:
         def body(total: Any, xs: Any) -> Any:
-            both = jnp.sum(jnp.sin(xs), axis=0) * jnp.sum(jnp.cos(xs), axis=0)
-            return total + both, None
+            first, second = jnp.sum(xs, axis=0), jnp.sum(xs**2, axis=0)
+            return total + jnp.tanh(first) + jnp.tanh(second), None
 
         return lax.scan(body, jnp.zeros(3), x)[0]
 

@@ -1,4 +1,4 @@
-"""Laws of propagation: a fixed point, that keeps the user's word and knows where each axis is from."""
+"""Laws of propagation: a fixed point that keeps the user's word and knows who set each axis."""
 
 import dataclasses
 from collections.abc import Callable
@@ -190,7 +190,7 @@ def test_axes_travel_backward_to_open_inputs() -> None:
 
 
 def test_elementwise_ops_come_before_contractions() -> None:
-    """`h` hears from the annotated `z` next to it, not from the product that made it (section 3.5)."""
+    """The sum hears from its operand `z`, not from the product (GSPMD, section 3.5)."""
 
     def fn(x: jax.Array, w: jax.Array, z: jax.Array) -> jax.Array:
         return gspmd.annotate(x, P("x", None)) @ w + gspmd.annotate(z, P(None, "x"))

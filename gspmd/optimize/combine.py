@@ -15,36 +15,57 @@ SMALL = 1 << 20
 """Bytes per device up to which the latency of a reduction counts for more than its bytes."""
 
 
+@dataclasses.dataclass
+class _Group:
+    """Reductions that go out together, at position `at` of the program; -1 until one is used."""
+
+    ops: list[Op]
+    at: int = -1
+
+
 def combine(program: Program, mesh: Mesh) -> Program:
     """Merges independent small all_reduces of equal axes, reduction and dtype.
 
-    Each waits until a result of its group is first used; then the group goes out as one.
+    Each waits until a result of its group is first used; then the group goes out as one. One that
+    comes later still joins if its operand was there by then.
     """
-    waiting: dict[tuple[Axes, str, str], list[Op]] = {}
-    group_of: dict[Value, tuple[Axes, str, str]] = {}
-    ops: list[Op] = []
+    groups: dict[tuple[Axes, str, str], _Group] = {}
+    waiting: dict[Value, _Group] = {}
+    born: dict[Value, int] = {}
+    ops: list[Op | _Group] = []
 
-    def send(key: tuple[Axes, str, str]) -> None:
-        group = waiting.pop(key)
-        for out in (out for op in group for out in op.outs):
-            del group_of[out]
-        ops.append(_merged(group))
+    def send(group: _Group) -> None:
+        group.at = len(ops)
+        ops.append(group)
+        for out in (out for op in group.ops for out in op.outs):
+            born[out] = group.at
+            del waiting[out]
 
     for op in program.ops:
         for x in values_of(op.ins):
-            if x in group_of:
-                send(group_of[x])
+            if x in waiting:
+                send(waiting[x])
         if op.bodies:
             op = dataclasses.replace(op, bodies=tuple(combine(body, mesh) for body in op.bodies))
-        if op.name == "all_reduce" and _bytes(op) <= SMALL:
-            key = (op.params["axes"], op.params["reduction"], str(op.outs[0].dtype))
-            waiting.setdefault(key, []).append(op)
-            group_of.update(dict.fromkeys(op.outs, key))
-        else:
+        if op.name != "all_reduce" or _bytes(op) > SMALL:
+            born.update(dict.fromkeys(op.outs, len(ops)))
             ops.append(op)
-    for key in list(waiting):
-        send(key)
-    return dataclasses.replace(program, ops=tuple(ops))
+            continue
+        key = (op.params["axes"], op.params["reduction"], str(op.outs[0].dtype))
+        group = groups.get(key)
+        ready = max((born.get(x, -1) for x in values_of(op.ins)), default=-1)
+        if group is None or 0 <= group.at <= ready:
+            group = groups[key] = _Group([])
+        group.ops.append(op)
+        if group.at < 0:
+            waiting.update(dict.fromkeys(op.outs, group))
+        else:
+            born.update(dict.fromkeys(op.outs, group.at))
+    for group in groups.values():
+        if group.at < 0:
+            send(group)
+    merged = (_merged(op.ops) if isinstance(op, _Group) else op for op in ops)
+    return dataclasses.replace(program, ops=tuple(merged))
 
 
 def _bytes(op: Op) -> float:

@@ -46,7 +46,7 @@ def samples() -> Iterator[Sample | Case]:
 
 
 def _unary() -> Iterator[Sample | Case]:
-    positive = floats(4, 5, low=0.1, high=0.9)
+    positive = floats(5, low=0.1, high=0.9)
     for fn in (
         lax.abs, lax.acos, lax.asin, lax.asinh, lax.atan, lax.atanh, lax.bessel_i0e, lax.bessel_i1e,
         lax.cbrt, lax.ceil, lax.cos, lax.cosh, lax.digamma, lax.erf, lax.erf_inv, lax.erfc, lax.exp,
@@ -60,16 +60,16 @@ def _unary() -> Iterator[Sample | Case]:
     yield Sample("reduce_precision", lambda x: lax.reduce_precision(x, 5, 7), (positive,))
     yield Sample("copy", lambda x: jnp.array(x, copy=True), (positive,))
     yield Sample("name", lambda x: checkpoint_name(x, "x"), (positive,))
-    z = floats(4, 5) + 1j * floats(5, 4).T
+    z = floats(5) + 1j * floats(5, low=0.0)
     for fn in (lax.real, lax.imag, lax.conj):
         yield Sample(fn.__name__, fn, (z.astype(np.complex64),))
-    yield Sample("clz", lax.clz, (ints(4, 5, high=99),))
-    yield Sample("not", lax.bitwise_not, (ints(4, 5),))
-    yield Sample("population_count", lax.population_count, (ints(4, 5, high=99),))
+    yield Sample("clz", lax.clz, (ints(5, high=99),))
+    yield Sample("not", lax.bitwise_not, (ints(5),))
+    yield Sample("population_count", lax.population_count, (ints(5, high=99),))
 
 
 def _nary() -> Iterator[Sample | Case]:
-    x, y, z = (floats(5, 4, low=low, high=2.0) for low in (0.2, 0.3, 0.4))
+    x, y, z = (floats(5, low=low, high=2.0) for low in (0.2, 0.3, 0.4))
     z = np.flip(z)
     for name, fn in {
         "atan2": lax.atan2, "div": lax.div, "mul": lax.mul, "sub": lax.sub, "pow": lax.pow,
@@ -85,13 +85,13 @@ def _nary() -> Iterator[Sample | Case]:
         yield Sample(name, primitive.bind, (x, np.flip(y)))
     yield Sample("add", lax.add, (x, z))
     yield Sample("add", lambda x: x + 1.5, (x,))
-    yield Sample("max", lax.max, (floats(1, 4), x))  # a stretched dim
+    yield Sample("max", lax.max, (floats(1, 4), floats(5, 4)))  # a stretched dim
     yield Sample("zeta", lax.zeta, (1 + x, z))
     yield Sample("polygamma", lax.polygamma, (np.floor(x), z))
     yield Sample("regularized_incomplete_beta", lax.betainc, (x, y, np.flip(z) / 2))
-    yield Sample("div", lax.div, (ints(5, 4, low=-9, high=9), ints(5, 4, low=2)))
-    yield Sample("mulhi", lax.mulhi, (ints(5, 4, high=2**31 - 1), ints(5, 4, high=2**31 - 1)))
-    bits = (ints(5, 4), np.flip(ints(5, 4)))
+    yield Sample("div", lax.div, (ints(5, low=-9, high=9), ints(5, low=2)))
+    yield Sample("mulhi", lax.mulhi, (ints(5, high=2**31 - 1), ints(5, high=2**31 - 1)))
+    bits = (ints(5), np.flip(ints(5)))
     for name, fn in {
         "and": lax.bitwise_and, "or": lax.bitwise_or, "xor": lax.bitwise_xor,
         "shift_left": lax.shift_left, "shift_right_logical": lax.shift_right_logical,
