@@ -135,7 +135,7 @@ def _owed(value: Value, axis: str, context: Context) -> list[str]:
 
 
 def _summing(value: Value, axis: str, context: Context) -> Op | None:
-    """The op that reduces over dims split by `axis`, found behind linear ops that let a sum pass."""
+    """The op that reduces over dims split by `axis`: behind linear ops, which let a sum pass."""
     while True:
         op = context.producers.get(value)
         if op is None or op.name in CONTROL:

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from gspmd import chart, load, show
-from gspmd.cli import app
-from gspmd.terminal import InputError, printable
+from gspmd.cli import app, chart, load, show
+from gspmd.cli.terminal import InputError, printable
 
 ROOT = Path(__file__).parent.parent
 FILE = """

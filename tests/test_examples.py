@@ -15,7 +15,7 @@ LONGEST = 70  # lines; an example is read in one go
 # A line that must be there, as a pattern, for each thing that the example shows.
 SHOWN = {
     "existing_program": [
-        r"^12 collectives, ",
+        r"^\d+ collectives, 361,476 bytes a device and step$",
         r"^  #1 all_reduce\[model\] f32\[512@data,64\]: 1 x 98,304 B, forward, .*\.py:\d+$",
         r"^loss (\d\.\d+) here, \1 by jax\.jit$",
         r"^largest difference in any result: (0\.0e\+00|\d\.\de-0[5-9])$",

@@ -29,9 +29,6 @@ LAYERS = (
     ("gspmd.testing",),
     ("gspmd",),
     ("gspmd.models", "gspmd.meshes"),
-    ("gspmd.job", "gspmd.show", "gspmd.terminal"),
-    ("gspmd.chart", "gspmd.load"),
-    ("gspmd.trainer",),
     ("gspmd.cli", "gspmd.__main__"),
     ("examples", "benchmarks", "tests"),
 )

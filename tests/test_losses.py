@@ -69,6 +69,4 @@ def test_losses_equal_the_unpartitioned_run(mesh: str, strategy: str, config: st
         in_specs=(None, P("batch")),
         donate_argnums=0,
     )
-    np.testing.assert_allclose(
-        losses(CONFIGS[config], partition), unpartitioned(config), rtol=1e-4
-    )
+    np.testing.assert_allclose(losses(CONFIGS[config], partition), unpartitioned(config), rtol=1e-4)

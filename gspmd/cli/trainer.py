@@ -13,12 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from typer import Exit
 
-from gspmd.chart import check_drawable, curve, save_curve
-from gspmd.job import Job, JobError, make_job
+from gspmd.cli.chart import check_drawable, curve, save_curve
+from gspmd.cli.job import Job, JobError, make_job
+from gspmd.cli.show import plan_json, summary
+from gspmd.cli.terminal import LIMIT_BROKEN, complain, console, printable, say, say_json
 from gspmd.models import transformer
 from gspmd.models.training import Record, State, tokens_per_second
-from gspmd.show import plan_json, summary
-from gspmd.terminal import LIMIT_BROKEN, complain, console, printable, say, say_json
 
 PROMPT = "def "
 # Sums of float32 in another order differ in their last bit. Training amplifies that: two runs of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gspmd.terminal import InputError
+from gspmd.cli.terminal import InputError
 
 Points = Sequence[tuple[int, float]]
 """(step, loss), in the order of the steps."""

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
+from gspmd.cli.terminal import InputError
 from gspmd.errors import GspmdError
 from gspmd.partitioned import Partitioned
 from gspmd.plan import Plan, plan
 from gspmd.specs import nearest
-from gspmd.terminal import InputError
 
 Rules = dict[str, str | tuple[str, ...] | None]
 

@@ -18,10 +18,10 @@ except ModuleNotFoundError as missing:
         f"gspmd: the command line needs {missing.name}; run: pip install 'gspmd[cli]'"
     ) from missing
 
-from gspmd.load import make_plan, read_bytes, read_rules, read_subject
+from gspmd.cli.load import make_plan, read_bytes, read_rules, read_subject
+from gspmd.cli.show import executions, plan_json, show_bytes, summary
+from gspmd.cli.terminal import LIMIT_BROKEN, complain, plain_errors, say, say_json
 from gspmd.plan import Plan
-from gspmd.show import executions, plan_json, show_bytes, summary
-from gspmd.terminal import LIMIT_BROKEN, complain, plain_errors, say, say_json
 
 app = typer.Typer(
     help="A partitioner you can read: plan, explain and run annotated JAX programs on a mesh.",
@@ -146,7 +146,7 @@ def train(
     accelerators for the mesh, CPU devices stand in for them.
     """
     with plain_errors(debug):
-        from gspmd import job, trainer  # with flax and optax, which planning does without
+        from gspmd.cli import job, trainer  # with flax and optax, which planning does without
 
         made = job.make_job(
             model,
@@ -171,7 +171,7 @@ def demo(
 ) -> None:
     """Train a tiny Transformer on 8 CPU devices, explained."""
     with plain_errors(debug):
-        from gspmd import trainer
+        from gspmd.cli import trainer
 
         trainer.demo(steps)
 
