@@ -37,7 +37,7 @@ format: $(VENV)/.installed-dev ## rewrite the sources as ruff would
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-test ## run the benchmarks and print their tables
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $$(grep -l __main__ benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -52,9 +52,9 @@ class Sources:
         for i, code in enumerate(codes):
             if self._user(code.co_filename):
                 return self._source(traceback, code, offsets[i], phase)
-        if outer is not None:
-            return outer if outer.phase == phase else dataclasses.replace(outer, phase=phase)
-        return self._source(traceback, codes[0], offsets[0], phase) if codes else None
+        if outer is None or outer.phase == phase:
+            return outer
+        return dataclasses.replace(outer, phase=phase)
 
     def _source(self, traceback: Any, code: CodeType, offset: int, phase: str) -> Source:
         key = (code, offset, phase)

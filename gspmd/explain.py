@@ -149,7 +149,7 @@ def _summing(value: Value, axis: str, context: Context) -> Op | None:
 def _wanted(cause: Cause, axis: str, context: Context) -> list[str]:
     """Where else the consumer uses the axis: the sharding that this one met."""
     op = cause.consumer
-    if op is None:
+    if op is None or op.name in CONTROL:  # the values of a loop have nothing to do with each other
         return []
     lines: list[str] = []
     tensors = [(f"operand {i}", x) for i, x in enumerate(op.ins)]
@@ -164,7 +164,7 @@ def _wanted(cause: Cause, axis: str, context: Context) -> list[str]:
                     f"  it meets {label} {context.type(x)}, dim {dim} over {axis}: "
                     f"{chain(place, context)}"
                 )
-    if not lines and op.name not in CONTROL and op.name != "constraint":
+    if not lines and op.name != "constraint":
         whole = [k for k in factor_rule(op).kinds if k == "whole"]
         if whole:
             lines.append(f"  {op.name} needs a whole dim: its rule is {factor_rule(op)}")

@@ -5,6 +5,9 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from gspmd._compat import Sources, is_tracer
@@ -130,6 +133,37 @@ def _trace_error(fn: Callable[..., Any], error: Exception, sources: Sources) -> 
         advice = "name the argument in static_argnums"
     advice = f"; {advice}" if advice else ""
     return TraceError(f"{function_name(fn)} does not trace{where}: {said}{advice}.")
+
+
+def with_one_predicate(eqn: Any) -> tuple[dict[str, Any], list[int]]:
+    """The params of a `while` whose condition gives one boolean, and its operands by position.
+
+    Under `vmap` a loop may have a predicate for each of its elements: it runs while any of them
+    holds, and the elements that are done keep their state.
+    """
+    params = dict(eqn.params)
+    test, body = params["cond_jaxpr"], params["body_jaxpr"]
+    n, m = params["cond_nconsts"], params["body_nconsts"]
+    if not test.out_avals[0].shape:
+        return params, list(range(len(eqn.invars)))
+
+    def any_holds(*operands: Any) -> Any:
+        return jnp.any(jaxpr_as_fun(test)(*operands)[0])
+
+    def unless_done(*operands: Any) -> list[Any]:
+        carry = operands[n + m :]
+        (goes_on,) = jaxpr_as_fun(test)(*operands[:n], *carry)
+        found = jaxpr_as_fun(body)(*operands[n:])
+        return [
+            lax.select(lax.broadcast_in_dim(goes_on, x.shape, tuple(range(goes_on.ndim))), x, old)
+            for x, old in zip(found, carry, strict=True)
+        ]
+
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    params["cond_jaxpr"] = jax.make_jaxpr(any_holds)(*avals[:n], *avals[n + m :])
+    params["body_jaxpr"] = jax.make_jaxpr(unless_done)(*avals)
+    params["body_nconsts"] = n + m
+    return params, [*range(n), *range(len(avals))]  # the body tests, so it needs those consts too
 
 
 def sharding_of(leaf: Any) -> Any:

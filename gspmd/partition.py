@@ -285,9 +285,7 @@ class _Scope:
     def _step(self, value: Value, x: Value, step: Step, cause: Cause) -> Value:
         """Emits one step of a reshard, with the padding before it and the trimming after it."""
         mesh, shape = self.mesh, value.shape
-        consumer = cause.consumer
-        source = consumer.source if consumer is not None else None
-        source = source or self.sources.get(value)
+        source = self._source(value, step, cause)
         out = dataclasses.replace(self.state.local_value(value, step.dst), name="")
         axes, dim = step.axes, step.dim
         k = mesh.size(axes)
@@ -325,6 +323,14 @@ class _Scope:
             }
             self._local_op("slice", primitives.slice_p.bind, raw, out, limits, source, cause)
         return out
+
+    def _source(self, value: Value, step: Step, cause: Cause) -> Source | None:
+        """The line to name: where a sum arose, for a reduction; else who needs the value."""
+        made_at = self.sources.get(value)
+        needed_at = cause.consumer.source if cause.consumer is not None else None
+        if step.src.partial != step.dst.partial:
+            return made_at or needed_at
+        return needed_at or made_at
 
     def _pad(self, x: Value, dim: int, size: int, source: Source | None, cause: Cause) -> Value:
         if x.shape[dim] == size:

@@ -15,6 +15,7 @@ from gspmd.arguments import abstract, flatten_arguments, function_name
 from gspmd.errors import TraceError
 from gspmd.plan import Plan, plan
 from gspmd.specs import AnyMesh, Rules, check_rules, read_mesh
+from gspmd.uneven import Uneven
 
 
 class Partitioned:
@@ -67,7 +68,7 @@ class Partitioned:
         call = self._differentiable.get(made)
         if call is None:
             call = self._differentiable[made] = _differentiable(made, self)
-        flat = made.flatten(args, kwargs)
+        flat = map(_ordinary, made.flatten(args, kwargs))
         specs = made.flat_specs[0]
         outs = call(*(_as_planned(x, spec) for x, spec in zip(flat, specs, strict=True)))
         return tree_util.tree_unflatten(made.traced.out_tree, outs)
@@ -131,15 +132,23 @@ def _differentiable(made: Plan, owner: Partitioned) -> Callable[..., Any]:
 
     @jax.custom_vjp
     def call(*flat: Any) -> tuple[Any, ...]:
-        return tuple(made.executable(*flat))
+        return tuple(map(_ordinary, made.executable(*flat)))
+
+    def call_forward(*flat: Any) -> tuple[Any, Any]:
+        return tree_util.tree_map(_ordinary, run_forward(*flat))
 
     def call_backward(pullback: Any, cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
         given = [ct for ct, smooth in zip(cotangents, smooth_out, strict=True) if smooth]
-        found = iter(run_backward(pullback, *given))
+        found = map(_ordinary, run_backward(pullback, *given))
         return tuple(next(found) if smooth else None for smooth in smooth_in)
 
-    call.defvjp(run_forward, call_backward)
+    call.defvjp(call_forward, call_backward)
     return call
+
+
+def _ordinary(x: Any) -> Any:
+    """`x`, a `jax.Array` where it is uneven: JAX's transformations take nothing else."""
+    return jnp.asarray(x) if isinstance(x, Uneven) else x
 
 
 def _as_planned(x: Any, spec: P) -> Any:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from gspmd._compat import Sources, bind, is_tracer
 from gspmd.arguments import flatten_arguments, path_names, positions
 from gspmd.ir import NO_PARAMS, Literal, Op, Operand, Program, Source, Value
-from gspmd.jaxpr import is_explicit, make_jaxpr, sharding_of
+from gspmd.jaxpr import is_explicit, make_jaxpr, sharding_of, with_one_predicate
 from gspmd.sharding import Axes, Constraint, Mesh
 from gspmd.specs import Rules, check_rules, resolve, same_mesh, show_spec
 
@@ -273,11 +273,15 @@ class _Converter:
         self, eqn: Any, ins: tuple[Operand, ...], scope: _Scope, source: Source | None
     ) -> Sequence[Operand]:
         name, holders, kept = _CONTROL[eqn.primitive.name]
-        held = (eqn.params[key] for key in holders)
+        given = eqn.params
+        if name == "while":
+            given, order = with_one_predicate(eqn)
+            ins = tuple(ins[i] for i in order)
+        held = (given[key] for key in holders)
         jaxprs = itertools.chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in held)
         bodies = tuple(self.program(jaxpr, source) for jaxpr in jaxprs)
         outs = tuple(self._value(v.aval) for v in eqn.outvars)
-        params = MappingProxyType({key: eqn.params[key] for key in kept}) if kept else NO_PARAMS
+        params = MappingProxyType({key: given[key] for key in kept}) if kept else NO_PARAMS
         scope.ops.append(Op(name, ins, outs, params, bodies, source))
         return outs
 

@@ -43,7 +43,7 @@ class TrainConfig:
 
     steps: int = 300
     seed: int = 0
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     warmup: int = 20  # steps over which the learning rate rises
     weight_decay: float = 0.01
     checkpoints: pathlib.Path | None = None  # a folder; None keeps none
@@ -68,12 +68,16 @@ def tokens_per_second(records: Sequence[Record]) -> float:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW whose learning rate rises linearly and then stays."""
+    """AdamW whose learning rate rises linearly and then stays.
+
+    Its epsilon is larger than usual: with 1e-8, a gradient that is zero but for rounding moves its
+    parameter by a whole learning rate, and two runs that round differently soon part.
+    """
     warmup = max(config.warmup, 1)
     rate = optax.warmup_constant_schedule(
         config.learning_rate / warmup, config.learning_rate, warmup - 1
     )
-    return optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay)
+    return optax.adamw(rate, b2=0.95, eps=1e-6, weight_decay=config.weight_decay)
 
 
 def init_state(
