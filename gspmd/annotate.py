@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from gspmd._compat import Sources
 from gspmd.errors import SpecError
-from gspmd.specs import show_spec
+from gspmd.specs import entries_of, show_spec
 
 annotate_p = Primitive("gspmd_annotate")
 
@@ -31,21 +31,36 @@ def annotate(x: jax.typing.ArrayLike, spec: P | NamedSharding) -> jax.Array:
     Raises:
       SpecError: `spec` is no PartitionSpec, or has more entries than `x` has dims.
     """
-    if isinstance(spec, NamedSharding):
-        spec = spec.spec
-    if not isinstance(spec, P):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(spec, (P, NamedSharding)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SpecError(
             f"annotate{_at()} takes a PartitionSpec, got {spec!r} of type "
             f"{type(spec).__name__}; write P('batch', None)."
         )
-    x = jnp.asarray(x)
-    if len(spec) > x.ndim:
+    entries = entries_of(spec)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
         raise SpecError(
-            f"annotate{_at()}: {show_spec(spec)} has {len(spec)} entries, but the array of shape "
-            f"{x.shape} has {x.ndim} dims; drop {len(spec) - x.ndim}."
+            f"annotate{_at()} takes one array, got something of type {type(x).__name__}; annotate "
+            "the arrays in it, one by one."
+        ) from error
+    if entries.unreduced or entries.reduced:
+        raise SpecError(
+            f"annotate{_at()}: {show_spec(entries)} speaks of sums that are owed, but a spec says "
+            "how dims are split and no more; drop unreduced and reduced."
         )
-    padded = P(*spec, *(None,) * (x.ndim - len(spec)))
-    return annotate_p.bind(x, spec=padded)
+    if len(entries) > x.ndim:
+        raise SpecError(
+            f"annotate{_at()}: {show_spec(entries)} has {len(entries)} entries, but the array of "
+            f"shape {x.shape} has {x.ndim} dims; drop {len(entries) - x.ndim}."
+        )
+    padded = P(*entries, *(None,) * (x.ndim - len(entries)))
+    return annotate_p.bind(x, spec=_like(spec, padded))
+
+
+def _like(spec: P | NamedSharding, entries: P) -> P | NamedSharding:
+    """`entries` on the mesh of `spec`, if it has one."""
+    return NamedSharding(spec.mesh, entries) if isinstance(spec, NamedSharding) else entries
 
 
 def _at() -> str:
@@ -53,27 +68,28 @@ def _at() -> str:
     return f" at {source}" if source else ""
 
 
-def _identity(x: Any, *, spec: P) -> Any:
+def _identity(x: Any, *, spec: P | NamedSharding) -> Any:
     return x
 
 
-def _transpose(cotangent: Any, x: Any, *, spec: P) -> list[Any]:
+def _transpose(cotangent: Any, x: Any, *, spec: P | NamedSharding) -> list[Any]:
     return [annotate_p.bind(cotangent, spec=spec)]
 
 
-def _lower(ctx: Any, x: Any, *, spec: P) -> list[Any]:
+def _lower(ctx: Any, x: Any, *, spec: P | NamedSharding) -> list[Any]:
     return [x]
 
 
 def _batch(
-    axis: Any, values: Sequence[Any], dims: Sequence[int | None], *, spec: P
+    axis: Any, values: Sequence[Any], dims: Sequence[int | None], *, spec: P | NamedSharding
 ) -> tuple[Any, int | None]:
     (x,), (dim,) = values, dims
     if dim is None:
         return annotate_p.bind(x, spec=spec), None
     # Nothing is known of the new dim, unless vmap was told its mesh axes.
     entry = tuple(axis.spmd_name) if axis.spmd_name else P.UNCONSTRAINED
-    return annotate_p.bind(x, spec=P(*spec[:dim], entry, *spec[dim:])), dim
+    entries = entries_of(spec)
+    return annotate_p.bind(x, spec=_like(spec, P(*entries[:dim], entry, *entries[dim:]))), dim
 
 
 annotate_p.def_impl(_identity)

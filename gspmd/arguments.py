@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +49,10 @@ def flatten_arguments(
     Raises:
       TraceError: `fn` does not take these arguments, or one of them is no array.
     """
+    if not callable(fn):
+        raise TraceError(
+            f"gspmd takes a function to partition first, got {fn!r} of type {type(fn).__name__}."
+        )
     kwargs = dict(kwargs or {})
     static = positions(static_argnums, len(args), "static_argnums", fn)
     roots = _roots(fn, args, kwargs)
@@ -82,8 +86,13 @@ def positions(
     Raises:
       TraceError: there is no such argument.
     """
-    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    numbers = tuple(argnums) if isinstance(argnums, Iterable) else (argnums,)
     for i in numbers:
+        if not isinstance(i, (int, np.integer)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TraceError(
+                f"{what}={argnums!r}: write the position of an argument, or a tuple of them, such "
+                "as 0 or (0, 1)."
+            )
         if not -count <= i < count:
             raise TraceError(
                 f"{what} names argument {i} of {function_name(fn)}, but it was given {count} "

@@ -276,7 +276,7 @@ def _entry(axes: Axes) -> Any:
 
 
 def _same_line(source: str, asked: str) -> bool:
-    return source == asked or source.endswith("/" + asked)
+    return source == asked or source.endswith("/" + asked) or asked.endswith("/" + source)
 
 
 def plan(

@@ -9,7 +9,7 @@ anew in order of appearance, so that equal programs print alike.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from gspmd.ir import COLLECTIVES, Op, Operand, Program, Value
 from gspmd.sharding import show_axes, show_dtype
@@ -94,5 +94,13 @@ def _list(params: dict[str, Any]) -> str:
             value = show_axes(value)
         elif key == "new_dtype":
             value = show_dtype(value)
-        shown.append(f"{key}={str(value).replace(' ', '')}")
+        shown.append(f"{key}={_plain(value)}")
     return f"[{' '.join(shown)}]" if shown else ""
+
+
+def _plain(value: Any) -> str:
+    """`value` without spaces, numpy's integers like Python's."""
+    if not isinstance(value, tuple):
+        return str(value).replace(" ", "")
+    inside = ",".join(map(_plain, cast("tuple[Any, ...]", value)))
+    return f"({inside},)" if len(value) == 1 else f"({inside})"

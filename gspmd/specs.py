@@ -21,6 +21,7 @@ Spec = P | NamedSharding | None
 Rules = Mapping[str, str | Sequence[str] | None]
 AnyMesh = jax.sharding.Mesh | AbstractMesh | Mapping[str, int] | str
 
+_MOST_DEVICES = 2**31 - 1
 _EXAMPLE = 'write "data=256,model=8"'
 
 
@@ -46,7 +47,13 @@ def read_mesh(mesh: AnyMesh) -> tuple[Mesh, jax.sharding.Mesh | None]:
     if not axes:
         raise MeshError(f"the mesh has no axes; {_EXAMPLE}.")
     devices = mesh if isinstance(mesh, jax.sharding.Mesh) else None
-    return Mesh(tuple(_axis(*axis) for axis in axes)), devices
+    logical = Mesh(tuple(_axis(*axis) for axis in axes))
+    if logical.devices > _MOST_DEVICES:
+        raise MeshError(
+            f"mesh {logical} has {logical.devices} devices; JAX counts them in 32 bits, so that "
+            f"{_MOST_DEVICES} are the most."
+        )
+    return logical, devices
 
 
 def _axis(name: Any, size: Any) -> tuple[str, int]:
@@ -87,6 +94,11 @@ def check_rules(rules: Rules | None, mesh: Mesh) -> dict[str, Axes]:
 
 
 def _rule(name: str, target: str | Sequence[str] | None, mesh: Mesh) -> Axes:
+    if not isinstance(target, (str, tuple, list, type(None))):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SpecError(
+            f"rules[{name!r}] is {target!r} of type {type(target).__name__}; write a mesh axis, a "
+            "tuple of them, or None for a dim that stays whole."
+        )
     axes = () if target is None else (target,) if isinstance(target, str) else tuple(target)
     for i, axis in enumerate(axes):
         if axis not in mesh.names:
@@ -116,6 +128,11 @@ def resolve(
     if isinstance(spec, NamedSharding):
         check_same_mesh(spec, mesh, where)
         spec, rules = spec.spec, None  # its names are axes already
+    if spec.unreduced or spec.reduced:
+        raise SpecError(
+            f"{where}: {show_spec(spec)} speaks of sums that are owed, but a spec says how dims are "
+            "split and no more; drop unreduced and reduced, gspmd finds out what is owed."
+        )
     if len(spec) > rank:
         raise SpecError(
             f"{where}: {show_spec(spec)} has {len(spec)} entries, but the tensor has {rank} dims; "
@@ -176,7 +193,6 @@ def _used_twice(
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown `name`: the known one it resembles, if any."""
-    """The end of a sentence about an unknown name: the one that was meant, if it shows."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else "."
 
@@ -242,11 +258,11 @@ def _broadcast(
 
 def _children(node: Any) -> dict[str, Any] | None:
     """The children of a pytree node by name; None for a leaf."""
-    try:
-        pairs, _ = tree_util.flatten_one_level_with_keys(node)
-    except ValueError:
+    # Not flatten_one_level_with_keys: in JAX 0.10 it gives all fields of a namedtuple one name.
+    pairs, _ = tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    if any(not path for path, _ in pairs):
         return None
-    return {key_name(key): child for key, child in pairs}
+    return {key_name(path[0]): child for path, child in pairs}
 
 
 def _mismatch(
@@ -259,9 +275,9 @@ def _mismatch(
     kind = type(specs).__name__
     if names:
         return (
-            f"{where} is a {kind} of {len(given)} specs, but there are {len(needed)} arguments "
-            f"({', '.join(names)}); give one spec tree each, as in jax.jit's in_shardings: "
-            "(first, second)."
+            f"{where} is a {kind} of {len(given)} specs, but there are {len(needed)} positional "
+            f"arguments ({', '.join(names)}); give one spec tree each, as in jax.jit's "
+            "in_shardings: (first, second)."
         )
     missing = [key for key in needed if key not in given]
     unknown = [key for key in given if key not in needed]
@@ -291,9 +307,18 @@ def to_spec(dims: Sequence[Axes], mesh: Mesh) -> P:
     return P(*(_entry(axes, mesh) for axes in dims))
 
 
+def entries_of(spec: P | NamedSharding) -> P:
+    """What `spec` says of the dims, without its mesh."""
+    return spec.spec if isinstance(spec, NamedSharding) else spec
+
+
 def show_spec(spec: P) -> str:
     """`P('x', None, ('y', 'z'))`: what the user writes to get `spec`."""
-    entries = ("P.UNCONSTRAINED" if entry is P.UNCONSTRAINED else repr(entry) for entry in spec)
+    entries = [
+        "P.UNCONSTRAINED" if entry is P.UNCONSTRAINED else repr(entry) for entry in spec.partitions
+    ]
+    owed = {"unreduced": spec.unreduced, "reduced": spec.reduced}
+    entries += [f"{key}={{{str(sorted(axes))[1:-1]}}}" for key, axes in owed.items() if axes]
     return f"P({', '.join(entries)})"
 
 

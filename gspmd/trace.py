@@ -22,7 +22,7 @@ from gspmd.arguments import flatten_arguments, path_names, positions
 from gspmd.ir import NO_PARAMS, Literal, Op, Operand, Program, Source, Value
 from gspmd.jaxpr import is_explicit, make_jaxpr, sharding_of, with_one_predicate
 from gspmd.sharding import Axes, Constraint, Mesh
-from gspmd.specs import Rules, check_rules, resolve, same_mesh, show_spec
+from gspmd.specs import Rules, check_rules, entries_of, resolve, same_mesh, show_spec
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -332,13 +332,13 @@ class _Converter:
         """`x` under a `constraint` op; `x` itself where `spec` says nothing about our mesh."""
         if not isinstance(spec, (P, NamedSharding)) or isinstance(x, Literal):
             return x
-        if (spec.spec if isinstance(spec, NamedSharding) else spec).unreduced:
+        if entries_of(spec).unreduced:
             return x  # a sum may stay owed there, so the dims cannot be closed
         where = f"{label} at {source}" if source else label
         dims = resolve(spec, len(x.shape), self._mesh, self._rules, where)
         out = Value(next(self._ids), x.shape, x.dtype)
-        entries = spec.spec if isinstance(spec, NamedSharding) else spec
-        params = MappingProxyType({"dims": dims, "label": label, "spec": show_spec(entries)})
+        written = show_spec(entries_of(spec))
+        params = MappingProxyType({"dims": dims, "label": label, "spec": written})
         scope.ops.append(Op("constraint", (x,), (out,), params, (), source, _identity))
         return out
 

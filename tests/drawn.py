@@ -103,9 +103,7 @@ class Drawing:
         return found[-1] if self.flag() else self.pick(found)
 
     def of_shape(self, shape: tuple[int, ...], exact: bool) -> int | None:
-        return self.find(
-            lambda e: e.shape == shape and e.kind == "f" and (e.exact or not exact)
-        )
+        return self.find(lambda e: e.shape == shape and e.kind == "f" and (e.exact or not exact))
 
     def add(self, text: str, fn: Callable[..., Any], exact: bool, *operands: int) -> bool:
         """Appends `fn(*operands)` if it is small enough; whole numbers are kept small."""
@@ -220,9 +218,7 @@ def reduction(d: Drawing) -> None:
         table |= {"max": jnp.max, "min": jnp.min, "prod": lambda x, **k: jnp.prod(jnp.sign(x), **k)}
     name = d.pick(table)
     whole = exact and name in ("sum", "max", "min", "prod")
-    d.add(
-        f"{name}[{dims},{keep}]", lambda x: table[name](x, axis=dims, keepdims=keep), whole, i
-    )
+    d.add(f"{name}[{dims},{keep}]", lambda x: table[name](x, axis=dims, keepdims=keep), whole, i)
 
 
 def normalize(d: Drawing) -> None:
@@ -344,9 +340,7 @@ def reshape(d: Drawing) -> None:
     shape, exact = d.entries[i].shape, d.entries[i].exact
     options: list[tuple[int, ...]] = [(math.prod(shape),)]
     for k, n in enumerate(shape):
-        options += [
-            (*shape[:k], a, n // a, *shape[k + 1 :]) for a in range(2, n) if n % a == 0
-        ]
+        options += [(*shape[:k], a, n // a, *shape[k + 1 :]) for a in range(2, n) if n % a == 0]
         if k:
             options.append((*shape[: k - 1], shape[k - 1] * n, *shape[k + 1 :]))
         if k > 1:
@@ -396,8 +390,12 @@ def join(d: Drawing) -> None:
     axis = d.number(0, len(e.shape) - 1)
 
     def fits(o: Entry) -> bool:
-        return o.kind == "f" and len(o.shape) == len(e.shape) and all(
-            a == b for k, (a, b) in enumerate(zip(e.shape, o.shape, strict=True)) if k != axis
+        return (
+            o.kind == "f"
+            and len(o.shape) == len(e.shape)
+            and all(
+                a == b for k, (a, b) in enumerate(zip(e.shape, o.shape, strict=True)) if k != axis
+            )
         )
 
     j = d.find(fits)
@@ -503,7 +501,7 @@ def accumulate(d: Drawing) -> None:
 
 
 def loop(d: Drawing) -> None:
-    i = d.find(lambda e: e.kind == "f" and e.exact and len(e.shape) > 0)
+    i = d.find(lambda e: e.kind == "f" and e.exact and len(e.shape) > 1)
     if i is None:
         return
 
@@ -518,7 +516,8 @@ def loop(d: Drawing) -> None:
 
         return lax.while_loop(test, body, (jnp.int32(0), x))[1]
 
-    d.add("while", run, True, i)
+    rows = d.flag()  # a loop for each row
+    d.add(f"while[{rows}]", jax.vmap(run) if rows else run, True, i)
 
 
 def branch(d: Drawing) -> None:
@@ -576,9 +575,7 @@ def programs(draw: Any, steps: int = 8, smooth: bool = False, annotated: bool = 
     d = Drawing(draw, draw(st.sampled_from(MESHES)))
     for k in range(d.number(1, 3)):
         shape = shapes(d)
-        d.args.append(
-            np.random.default_rng(k).integers(-3, 4, shape).astype(np.float32)
-        )
+        d.args.append(np.random.default_rng(k).integers(-3, 4, shape).astype(np.float32))
         d.entries.append(Entry(shape, np.dtype(np.float32), True))
     if not smooth and d.flag():
         shape = shapes(d, 1, 2)

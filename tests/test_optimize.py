@@ -86,9 +86,7 @@ def plus(b: Builder, x: Value, y: Value) -> Value:
 
 def gathered_twice(b: Builder) -> Program:
     w = b.arg("w", (8,), "x")
-    both = [
-        b.op("all_gather", [w], b.value((8,), ((),)), axes=("x",), dim=0) for _ in range(2)
-    ]
+    both = [b.op("all_gather", [w], b.value((8,), ((),)), axes=("x",), dim=0) for _ in range(2)]
     return b.done(plus(b, *both))
 
 

@@ -30,9 +30,7 @@ def plan_of(program: Drawn, **changes: Any) -> gspmd.Plan:
 def word_of_the_user(plan: gspmd.Plan, in_specs: Any) -> dict[Value, Constraint]:
     """What annotations and specs fix, per value; None where open."""
     fixed = {
-        op.outs[0]: op.params["dims"]
-        for op, _ in plan.model.walk()
-        if op.name == "constraint"
+        op.outs[0]: op.params["dims"] for op, _ in plan.model.walk() if op.name == "constraint"
     }
     for value, spec in zip(plan.model.ins, in_specs, strict=True):
         if spec is not None:

@@ -198,13 +198,13 @@ def test_spec_tree(specs: object, leaves: list[P | None]) -> None:
     [
         (
             (X,),
-            "in_specs is a tuple of 1 specs, but there are 2 arguments (params, batch); give one "
-            "spec tree each, as in jax.jit's in_shardings: (first, second).",
+            "in_specs is a tuple of 1 specs, but there are 2 positional arguments (params, batch); "
+            "give one spec tree each, as in jax.jit's in_shardings: (first, second).",
         ),
         (
             {"w": X},
-            "in_specs is a dict of 1 specs, but there are 2 arguments (params, batch); give one "
-            "spec tree each, as in jax.jit's in_shardings: (first, second).",
+            "in_specs is a dict of 1 specs, but there are 2 positional arguments (params, batch); "
+            "give one spec tree each, as in jax.jit's in_shardings: (first, second).",
         ),
         (
             ({"w": {"a": X}, "n": None}, None),
