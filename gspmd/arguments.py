@@ -10,7 +10,12 @@ import numpy as np
 from jax import tree_util
 
 from gspmd.errors import TraceError
-from gspmd.specs import key_name
+from gspmd.specs import key_name, nearest
+
+OPTIONS = (
+    "mesh", "in_specs", "out_specs", "rules", "donate_argnums", "static_argnums", "strict", "effort",
+)  # fmt: skip
+"""The keywords of `gspmd.plan` and `gspmd.partition`: all others are the function's."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -152,7 +157,7 @@ def _roots(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any
     except TypeError as error:
         raise TraceError(
             f"{function_name(fn)}{signature} cannot be called with {len(args)} positional "
-            f"arguments{_keywords(kwargs)}: {error}."
+            f"arguments{_keywords(kwargs)}: {error}{_meant(kwargs, signature)}"
         ) from error
     roots: list[str] = []
     for name, parameter in signature.parameters.items():
@@ -161,6 +166,13 @@ def _roots(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any
         elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             roots.append(name)
     return roots[: len(args)]
+
+
+def _meant(kwargs: Mapping[str, Any], signature: inspect.Signature) -> str:
+    """The end of the sentence: the keyword that a misspelt one resembles, if any."""
+    known = (*signature.parameters, *OPTIONS)
+    unknown = next((name for name in kwargs if name not in signature.parameters), "")
+    return nearest(unknown, known)
 
 
 def _keywords(kwargs: Mapping[str, Any]) -> str:

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import lax, tree_util
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from gspmd._compat import Sources, is_tracer
-from gspmd.arguments import Arguments, abstract, function_name
+from gspmd.arguments import Arguments, abstract, function_name, path_names
 from gspmd.errors import GspmdError, TraceError
 from gspmd.sharding import Axes, Mesh
 
@@ -31,7 +31,7 @@ def make_jaxpr(
 
     def flat(*leaves: Any) -> Any:
         args, kwargs = arguments.rebuild(leaves)
-        return fn(*args, **kwargs)
+        return _checked(fn(*args, **kwargs), fn)
 
     plain = [
         abstract(x, f"{name!r}") for x, name in zip(arguments.leaves, arguments.names, strict=True)
@@ -50,19 +50,32 @@ def make_jaxpr(
                 return jax.make_jaxpr(flat, return_shape=True)(*avals)
         except GspmdError:
             raise
-        except (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError) as error:
+        except Exception as error:
             errors.append(error)
-            if not _about_meshes(error):
+            # An Explicit mesh turns with_sharding_constraint into an assert.
+            if not (_about_meshes(error) or (len(errors) > 1 and isinstance(error, AssertionError))):
                 break
-        except AssertionError as error:
-            if not errors:
-                raise
-            errors.append(error)  # an Explicit mesh turns with_sharding_constraint into an assert
     is_typed = _fits(ambient, mesh, AxisType.Explicit) or any(
         is_explicit(sharding_of(leaf)) for leaf in arguments.leaves
     )
     error = errors[-1 if is_typed else 0]
     raise _trace_error(fn, error, sources) from error
+
+
+def _checked(results: Any, fn: Callable[..., Any]) -> Any:
+    """`results`, if they are arrays and numbers in pytrees."""
+    for path, leaf in tree_util.tree_leaves_with_path(results):
+        try:
+            jax.typeof(leaf)
+        except TypeError as error:
+            if hasattr(leaf, "__jax_array__"):
+                continue
+            where = "/".join(("out", *path_names(path)))
+            raise TraceError(
+                f"{function_name(fn)} returns at {where} something of type {type(leaf).__name__}, "
+                "which is no array; return arrays, numbers or None."
+            ) from error
+    return results
 
 
 def _sizes_and_names(mesh: Mesh) -> tuple[tuple[int, ...], Axes]:
@@ -127,7 +140,9 @@ _ADVICE: tuple[tuple[type[Exception], str], ...] = (
 def _trace_error(fn: Callable[..., Any], error: Exception, sources: Sources) -> TraceError:
     source = sources.of_traceback(error.__traceback__)
     where = f" at {source}" if source else ""
-    said = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    said = str(error).strip().partition("\n")[0].rstrip(".")
+    if not isinstance(error, (TypeError, ValueError)) or not said:  # its class is half the message
+        said = f"{type(error).__name__}: {said}" if said else type(error).__name__
     advice = next((text for kind, text in _ADVICE if isinstance(error, kind)), "")
     if not advice and "static_argnums" in str(error):  # JAX says so below its first line
         advice = "name the argument in static_argnums"

@@ -70,7 +70,15 @@ class Partitioned:
             call = self._differentiable[made] = _differentiable(made, self)
         flat = map(_ordinary, made.flatten(args, kwargs))
         specs = made.flat_specs[0]
-        outs = call(*(_as_planned(x, spec) for x, spec in zip(flat, specs, strict=True)))
+        try:
+            outs = call(*(_as_planned(x, spec) for x, spec in zip(flat, specs, strict=True)))
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise TraceError(
+                f"a function made by gspmd.partition has no forward-mode derivative yet: "
+                f"differentiate first, as in gspmd.partition(jax.jacfwd({made.name}), mesh)."
+            ) from error
         return tree_util.tree_unflatten(made.traced.out_tree, outs)
 
     def unpartitioned(self, made: Plan) -> Callable[..., list[Any]]:

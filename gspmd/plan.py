@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from gspmd import explain, run
 from gspmd.arguments import function_name, positions
+from gspmd.call import match_call
 from gspmd.collectives import wire_bytes
-from gspmd.errors import ArgumentError, GspmdError, SpecError
+from gspmd.errors import GspmdError, SpecError
 from gspmd.ir import COLLECTIVES, Op, Program, Value, verify
 from gspmd.optimize import optimize
 from gspmd.partition import Finding, partition
@@ -163,7 +164,7 @@ class Plan:
         Args:
           x: a collective's number as printed, a "file:line", or a pytree path ("params/mlp/wi").
         """
-        if isinstance(x, int):
+        if isinstance(x, (int, np.integer)):
             if not 1 <= x <= len(self.collectives):
                 raise GspmdError(
                     f"there is no collective #{x}: this plan has {len(self.collectives)}, numbered "
@@ -171,7 +172,7 @@ class Plan:
                 )
             one = self.collectives[x - 1]
             return f"{one}\n{one.why}"
-        if re.search(r":\d+$", x):
+        if isinstance(x, str) and re.search(r":\d+$", x):
             here = [c for c in self.collectives if _same_line(c.source, x)]
             if here:
                 return "\n\n".join(f"{c}\n{c.why}" for c in here)
@@ -198,6 +199,11 @@ class Plan:
 
     def _find(self, name: str) -> Value:
         named = self._context.named
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise GspmdError(
+                f"{name!r} of type {type(name).__name__} names nothing in a plan: write a pytree "
+                'path such as "params/wi", a "file:line", or, for why, a collective\'s number.'
+            )
         if name in named:
             return named[name]
         at_line = self._at_line(name) if re.search(r":\d+$", name) else []
@@ -246,28 +252,20 @@ class Plan:
         return target.compile(compiler_options)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The leaves of a call's arguments, if they have the structure and shapes of the plan.
+        """The leaves of a call's arguments, if they are of the plan's structure and types.
 
         Raises:
           ArgumentError: they do not.
         """
-        static = {i for i, _ in self.statics}
-        dynamic = tuple(x for i, x in enumerate(args) if i not in static)
-        flat, tree = tree_util.tree_flatten((dynamic, kwargs))
-        if tree != self.traced.in_tree:
-            raise ArgumentError(
-                f"{self.name} was planned for arguments of structure {self.traced.in_tree}, and is "
-                f"called with {tree}; plan again for these."
-            )
-        for x, value in zip(flat, self.model.ins, strict=True):
-            shape = np.shape(x)
-            if shape != value.shape:
-                raise ArgumentError(
-                    f"{self.name}: argument {value.name} was planned with shape {value.shape}, and "
-                    f"is called with {shape}; plan again for this shape, or call the result of "
-                    "gspmd.partition, which does."
-                )
-        return flat
+        return match_call(
+            args,
+            kwargs,
+            name=self.name,
+            parameters=self.traced.parameters,
+            tree=self.traced.in_tree,
+            values=self.model.ins,
+            statics=self.statics,
+        )
 
 
 def _entry(axes: Axes) -> Any:

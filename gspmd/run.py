@@ -138,6 +138,7 @@ class Executable:
     def __call__(self, *args: Any) -> list[Any]:
         if any(isinstance(x, Tracer) for x in args):
             return self._trace(args)
+        self._check_donated(args)
         placed = [self._place(i, x) for i, x in enumerate(args)]
         if any(isinstance(x, Tracer) for x in placed):  # numpy arrays, in a function being traced
             return self._trace(args)
@@ -278,6 +279,22 @@ class Executable:
             )
         return x
 
+    def _check_donated(self, args: Sequence[Any]) -> None:
+        """Raises if an array is donated and passed a second time: XLA would crash."""
+        if not any(self.donate):
+            return
+        first: dict[int, int] = {}
+        for i, x in enumerate(args):
+            j = first.setdefault(id(x), i)
+            if i == j or not isinstance(x, jax.Array | Uneven):
+                continue
+            if self.donate[i] or self.donate[j]:
+                a, b = self.program.ins[j], self.program.ins[i]
+                raise ArgumentError(
+                    f"arguments {a} and {b} are the same array, and {a if self.donate[j] else b} "
+                    "is donated; pass a copy of it (jnp.copy) for one of them."
+                )
+
     def _check_devices(self, value: Value, x: Any) -> None:
         if not isinstance(x, jax.Array) or not x.committed:
             return
@@ -317,6 +334,11 @@ def topology_mesh(mesh: Mesh, topology: Any) -> DeviceMesh:
       MeshError: its devices, or its axes, are not those of `mesh`.
     """
     if not isinstance(topology, DeviceMesh):
+        if not hasattr(topology, "devices"):
+            raise MeshError(
+                f"the topology to compile for is {topology!r} of type {type(topology).__name__}; "
+                "give a jax.sharding.Mesh or what jax.experimental.topologies describes."
+            )
         return _arrange(mesh, topology.devices, "the topology has", "take one of that size.")
     if tuple(topology.shape.items()) != mesh.axes:
         raise MeshError(

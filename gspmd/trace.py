@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from gspmd._compat import Sources, bind, is_tracer
 from gspmd.arguments import flatten_arguments, path_names, positions
+from gspmd.errors import TraceError
 from gspmd.ir import NO_PARAMS, Literal, Op, Operand, Program, Source, Value
 from gspmd.jaxpr import is_explicit, make_jaxpr, sharding_of, with_one_predicate
 from gspmd.sharding import Axes, Constraint, Mesh
@@ -231,6 +232,12 @@ class _Converter:
             return self._call(eqn, ins, scope, source)
         if name in _CONTROL:
             return self._control(eqn, ins, scope, source)
+        if name == "shard_map":
+            raise TraceError(
+                f"the shard_map{f' at {source}' if source else ''} is written for one device's "
+                "shards, as a function made by gspmd.partition is inside, and cannot be planned "
+                "yet; call it outside of the planned function, or write it on whole arrays."
+            )
         if name == "gspmd_annotate":
             return [self._constrain(ins[0], eqn.params["spec"], "annotate", scope, source)]
         if name == "sharding_constraint":

@@ -2,10 +2,14 @@
 
 import os
 import random
+import signal
 
 DEVICES = "--xla_force_host_platform_device_count"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):  # read once, when jax starts
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+# A job in the background starts with SIGINT ignored, and so would the programs that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Each test compiles a program to run it once: compiling less well takes half the time.
 os.environ["XLA_FLAGS"] += (
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -226,8 +226,14 @@ def normalize(d: Drawing) -> None:
     if i is None:
         return
     axis = d.number(0, len(d.entries[i].shape) - 1)
-    name = d.pick(("softmax", "log_softmax", "standardize"))
-    d.add(f"{name}[{axis}]", lambda x: getattr(jax.nn, name)(x, axis=axis), False, i)
+
+    def layer_norm(x: Any, axis: int) -> Any:  # 1, lest rounding grow where all entries are alike
+        centered = x - jnp.mean(x, axis, keepdims=True)
+        return centered * lax.rsqrt(jnp.mean(centered**2, axis, keepdims=True) + 1)
+
+    table = {"softmax": jax.nn.softmax, "log_softmax": jax.nn.log_softmax, "norm": layer_norm}
+    name = d.pick(table)
+    d.add(f"{name}[{axis}]", lambda x: table[name](x, axis=axis), False, i)
 
 
 def ordered(d: Drawing) -> None:

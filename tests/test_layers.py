@@ -17,7 +17,7 @@ LAYERS = (
     ("gspmd.sharding",),
     ("gspmd.ir", "gspmd.specs"),
     ("gspmd._compat", "gspmd.arguments", "gspmd.local", "gspmd.printing", "gspmd.uneven"),
-    ("gspmd.collectives", "gspmd.jaxpr", "gspmd.rules"),
+    ("gspmd.call", "gspmd.collectives", "gspmd.jaxpr", "gspmd.rules"),
     ("gspmd.annotate", "gspmd.evaluate", "gspmd.propagate", "gspmd.reshard", "gspmd.trace"),
     ("gspmd.choose", "gspmd.explain", "gspmd.halo"),
     ("gspmd.partition",),

@@ -233,7 +233,7 @@ def test_bodies_and_params() -> None:
     ops = {op.name: op for op, _ in traced.program.walk()}
     assert {"scan", "remat"} <= set(ops)
     assert set(ops["scan"].params) == {"num_consts", "num_carry", "length", "reverse", "unroll"}
-    assert set(ops["remat"].params) == {"prevent_cse", "policy"}
+    assert set(ops["remat"].params) == {"prevent_cse", "policy", "differentiated"}
     assert not {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"} & set(ops)
 
 

@@ -78,6 +78,8 @@ def _subject(result: object, target: str) -> Subject:
         case (fn, (tuple() | list()) as args) if callable(fn):
             return Subject(fn, args)
         case (fn, (tuple() | list()) as args, dict() as options) if callable(fn):
+            if not all(isinstance(name, str) for name in options):
+                raise InputError(f"{target} returned options {options!r}: their names are strings.")
             return Subject(fn, args, options)
         case _:
             shape = ", ".join(type(part).__name__ for part in parts)
@@ -89,7 +91,7 @@ def _subject(result: object, target: str) -> Subject:
 
 def _import(path: Path) -> ModuleType:
     if not path.is_file():
-        siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        siblings = [str(p) for p in path.parent.glob("*.py") if p.is_file()]
         raise InputError(f"there is no file {str(path)!r}{nearest(str(path), siblings)}")
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     if spec is None or spec.loader is None:
@@ -116,7 +118,8 @@ def describe(error: BaseException, path: Path | None = None) -> str:
     """`ValueError: no such layer (model.py:12)`: the first line, and where in the file `path`."""
     text = next(iter(str(error).splitlines()), "")
     if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error.msg} ({error.filename}:{error.lineno})."
+        own = path is not None and error.filename == str(path.resolve())
+        return f"{type(error).__name__}: {error.msg} ({path if own else error.filename}:{error.lineno})."
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f.lineno for f in frames if path and Path(f.filename) == path.resolve()]
     where = f" ({path}:{lines[-1]})" if lines else ""

@@ -13,9 +13,8 @@ whose major factor is `a`. A factor has a kind:
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from gspmd.errors import RuleError
 from gspmd.ir import Op
@@ -25,6 +24,7 @@ Dims = tuple[tuple[int, ...], ...]  # the factors of each dim of one tensor, maj
 
 REDUCTIONS = ("sum", "max", "min", "prod", "and", "or", "xor")
 KINDS = ("pass", *REDUCTIONS, "whole")
+_OPTIONS = ("kinds", "sizes", "linear", "forward", "backward", "masked")  # of register_rule
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -187,7 +187,12 @@ def register_rule(primitive: Any, text: str, **options: Any) -> None:
     Raises:
       RuleError: the text is malformed, or the primitive has a rule already.
     """
-    name = primitive if isinstance(primitive, str) else primitive.name
+    name = primitive if isinstance(primitive, str) else getattr(primitive, "name", None)
+    if not isinstance(name, str) or not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RuleError(
+            f"register_rule({primitive!r}, {text!r}): give a jax.extend.core.Primitive, or its "
+            'name, and a text such as "i k, k j -> i j".'
+        )
     if name in RULES:
         raise RuleError(
             f"register_rule({name!r}): this primitive has a rule already, and a rule is registered "
@@ -195,17 +200,59 @@ def register_rule(primitive: Any, text: str, **options: Any) -> None:
         )
     if text.count("->") != 1:
         raise RuleError(f"register_rule({name!r}): a factor rule has one '->', got {text!r}.")
-    unknown = set(options) - set(inspect.signature(FactorRule).parameters) - {"kinds", "sizes"}
+    unknown = [option for option in options if option not in _OPTIONS]
     if unknown:
-        raise RuleError(f"register_rule({name!r}): unknown options {sorted(unknown)}.")
-    _tensors(text)
+        raise RuleError(
+            f"register_rule({name!r}): there is no option {unknown[0]!r}; there are "
+            f"{', '.join(_OPTIONS)}."
+        )
+    _check_factors(name, text, options.get("kinds", {}), options.get("sizes", {}))
 
     def factors(op: Op) -> FactorRule:
-        return FactorRule.parse(
-            text, [x.shape for x in op.ins], [x.shape for x in op.outs], **options
-        )
+        where = f"{name} at {op.source}" if op.source else name
+        try:
+            made = FactorRule.parse(
+                text, [x.shape for x in op.ins], [x.shape for x in op.outs], **options
+            )
+        except RuleError as error:
+            raise RuleError(f"{where}: {error}") from error
+        if any(i not in range(len(op.ins)) for group in made.linear for i in group):
+            raise RuleError(
+                f"{where}: linear={made.linear} names an operand that there is not: it has "
+                f"{len(op.ins)}, numbered from 0."
+            )
+        return made
 
     RULES[name] = OpRule(factors)
+
+
+def _check_factors(name: str, text: str, kinds: Any, sizes: Any) -> None:
+    """Raises RuleError where the parts of a user's rule do not fit each other."""
+    here = f"register_rule({name!r})"
+    ins, outs = (
+        [factor for tensor in side for dim in tensor for factor in dim] for side in _tensors(text)
+    )
+    for factor in (*ins, *outs):
+        if not factor.isidentifier():
+            raise RuleError(
+                f"{here}: {factor!r} in {text!r} is no factor; a factor is a name, or _ for a dim "
+                "that stays whole."
+            )
+    for factor in outs:
+        if factor != "_" and factor not in ins:
+            raise RuleError(
+                f"{here}: factor {factor!r} of {text!r} is in no operand, so that no piece of it "
+                "can be computed; write _ there, for a dim that stays whole."
+            )
+    for option, given, kind in (("kinds", kinds, str), ("sizes", sizes, int)):
+        if not isinstance(given, Mapping) or not all(
+            isinstance(x, kind) for x in cast("Mapping[Any, Any]", given).values()
+        ):
+            example = 'kinds={"k": "max"}' if option == "kinds" else 'sizes={"k": 8}'
+            raise RuleError(f"{here}: {option}={given!r} is not of the form {example}.")
+        for factor in cast("Mapping[Any, Any]", given):
+            if factor not in ins:
+                raise RuleError(f"{here}: {option} names {factor!r}, which is not in {text!r}.")
 
 
 def _tensors(text: str) -> tuple[list[list[tuple[str, ...]]], list[list[tuple[str, ...]]]]:

@@ -245,6 +245,8 @@ def _broadcasts() -> Iterator[Sample | Case]:
     yield Sample(
         "empty2", lambda: primitives.empty2_p.bind(dtype=np.dtype("f4"), memory_space=_ANY)
     )
+    either = functools.partial(lax.platform_dependent, cpu=jnp.sin, default=jnp.cos)
+    yield Sample("platform_index", either, (floats(4),))
 
 
 _ANY = jax.memory.Space.Device

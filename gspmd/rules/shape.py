@@ -239,6 +239,7 @@ def empty(op: Op) -> FactorRule:
     return f.rule([], [f.dims(op.outs[0].shape)])
 
 
-@rule("empty2")
-def empty2(_op: Op) -> FactorRule:
+@rule("empty2", "platform_index")
+def scalar(_op: Op) -> FactorRule:
+    """No operands, one scalar, the same on every device."""
     return Factors().rule([], [()])
