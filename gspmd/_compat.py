@@ -7,12 +7,13 @@ import dataclasses
 import os
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import CodeType, TracebackType
 from typing import Any
 
 import jax
 import jaxlib
+from jax._src.core import trace_state_clean
 from jax.core import Tracer
 
 from gspmd.ir import Source
@@ -128,6 +129,11 @@ def is_tracer(x: Any) -> bool:
     return isinstance(x, Tracer)
 
 
+def is_tracing() -> bool:
+    """Whether a transformation is under way, whose tracers a function may close over."""
+    return not trace_state_clean()
+
+
 def bind(primitive: Any) -> Callable[..., Any]:
     """The function `(*arrays, **params) -> results` that executes `primitive`."""
 
@@ -139,3 +145,15 @@ def bind(primitive: Any) -> Callable[..., Any]:
 
 def _plain(qualified: str) -> str:
     return qualified.replace("<locals>.", "")
+
+
+def control_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The params of a control-flow primitive, with a scan's operands counted by kind.
+
+    Up to 0.10, JAX gives `num_consts` and `num_carry`; later, trees of the operands (`ft_in`).
+    """
+    counted = dict(params)
+    if "ft_in" in counted:
+        consts, carry, _ = counted["ft_in"].unpack()
+        counted |= {"num_consts": len(consts), "num_carry": len(carry)}
+    return counted

@@ -10,7 +10,7 @@ from jax import lax, tree_util
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from gspmd._compat import Sources, is_tracer
+from gspmd._compat import Sources, is_tracer, is_tracing
 from gspmd.arguments import Arguments, abstract, function_name, path_names
 from gspmd.errors import GspmdError, TraceError
 from gspmd.sharding import Axes, Mesh
@@ -47,13 +47,21 @@ def make_jaxpr(
     for context, avals in ((auto, plain), (none, plain), (explicit, typed)):
         try:
             with _mesh_context(context):
-                return jax.make_jaxpr(flat, return_shape=True)(*avals)
+                closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*avals)
+            if any(map(is_tracer, closed.consts)) and not is_tracing():
+                raise TraceError(
+                    f"{function_name(fn)} uses a value that escaped from a function traced "
+                    "earlier, by way of a global or a list; return it from there, and pass it."
+                )
+            return closed, shapes
         except GspmdError:
             raise
         except Exception as error:
             errors.append(error)
             # An Explicit mesh turns with_sharding_constraint into an assert.
-            if not (_about_meshes(error) or (len(errors) > 1 and isinstance(error, AssertionError))):
+            if not (
+                _about_meshes(error) or (len(errors) > 1 and isinstance(error, AssertionError))
+            ):
                 break
     is_typed = _fits(ambient, mesh, AxisType.Explicit) or any(
         is_explicit(sharding_of(leaf)) for leaf in arguments.leaves

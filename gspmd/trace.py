@@ -17,7 +17,7 @@ from jax.extend.core import Literal as JaxLiteral
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gspmd._compat import Sources, bind, is_tracer
+from gspmd._compat import Sources, bind, control_params, is_tracer
 from gspmd.arguments import flatten_arguments, path_names, positions
 from gspmd.errors import TraceError
 from gspmd.ir import NO_PARAMS, Literal, Op, Operand, Program, Source, Value
@@ -155,6 +155,7 @@ _INLINED = {
     "closed_call": "call_jaxpr",
     "composite": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
+    "eval_jaxpr": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
@@ -280,7 +281,7 @@ class _Converter:
         self, eqn: Any, ins: tuple[Operand, ...], scope: _Scope, source: Source | None
     ) -> Sequence[Operand]:
         name, holders, kept = _CONTROL[eqn.primitive.name]
-        given = eqn.params
+        given: Mapping[str, Any] = control_params(eqn.params)
         if name == "while":
             given, order = with_one_predicate(eqn)
             ins = tuple(ins[i] for i in order)

@@ -217,11 +217,18 @@ def _open(config: TrainConfig, resume: bool) -> Generator[Checkpoints]:
     if config.checkpoints is None:
         yield Checkpoints(None)
         return
+    folder = config.checkpoints.absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be a folder of checkpoints: {error.strerror}; name another one."
+        ) from error
     options = ocp.CheckpointManagerOptions(
         max_to_keep=config.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
     )
     with ocp.CheckpointManager(
-        config.checkpoints.absolute(),
+        folder,
         options=options,
         item_handlers=ocp.StandardCheckpointHandler(),
     ) as manager:

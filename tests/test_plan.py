@@ -27,7 +27,7 @@ Params = dict[str, jax.Array]
 
 
 def mlp(params: Params, x: jax.Array) -> jax.Array:
-    h = jax.nn.gelu(jnp.einsum("bm,mh->bh", x, params["wi"]))
+    h = jnp.sin(jnp.einsum("bm,mh->bh", x, params["wi"]))
     return jnp.einsum("bh,hm->bm", h, params["wo"])
 
 
@@ -168,7 +168,7 @@ def test_the_fields_of_a_collective(megatron: gspmd.Plan) -> None:
     assert one.phase == "forward"
     assert AT.search(one.source)
     assert str(one).startswith("#1 all_reduce[model] f32[16@data,8]: 1 x 384 B, forward, ")
-    assert "  #1 %10: f32[16@data,8] = all_reduce[model] " in str(megatron)
+    assert "  #1 %3: f32[16@data,8] = all_reduce[model] " in str(megatron)
 
 
 def test_trips_count() -> None:
@@ -322,7 +322,7 @@ def test_other_arguments_are_refused(megatron: gspmd.Plan) -> None:
     params, x = inputs()
     with pytest.raises(ArgumentError, match=r"argument x was planned with shape \(16, 8\)"):
         megatron.simulate(params, x[:4])
-    with pytest.raises(ArgumentError, match="planned for other arguments: .* lacks params/wo"):
+    with pytest.raises(ArgumentError, match=r"planned for other arguments: .* lacks params/wo"):
         megatron.simulate({"wi": params["wi"]}, x)
     with pytest.raises(ArgumentError, match="mlp was planned for other arguments"):
         megatron.simulate(params)

@@ -47,7 +47,8 @@ def test_pieces_make_the_whole_however_split(group: int) -> None:
 
 
 def test_every_rule_has_a_sample() -> None:
-    assert set(RULES) - {sample.primitive for sample in sampled()} == set()
+    newer = {"log2", "one_minus_square"}  # than the oldest JAX that works
+    assert set(RULES) - {sample.primitive for sample in sampled()} - newer == set()
 
 
 def test_every_documented_primitive_is_known() -> None:

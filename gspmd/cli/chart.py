@@ -69,5 +69,12 @@ def check_drawable(path: Path) -> None:
         raise InputError(f"--plot {path}: the name of an image ends in {', '.join(IMAGES)}.")
     if not path.absolute().parent.is_dir():
         raise InputError(f"--plot {path}: there is no folder {str(path.parent)!r}.")
+    new = not path.exists()
+    try:
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"--plot {path}: it cannot be written: {error.strerror}.") from error
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib; run: pip install 'gspmd[plot]'")

@@ -19,6 +19,7 @@ from gspmd.specs import nearest, read_mesh
 
 MODELS: Mapping[str, ModuleType] = MappingProxyType({"transformer": transformer})
 
+MOST_DEVICES = 1024  # CPU devices start in a second, four times as many in seven
 # What Linux shows of a TPU or a GPU.
 _ACCELERATORS = ("accel0", "vfio/0", "nvidiactl", "nvidia0", "kfd", "dxg")
 
@@ -159,8 +160,13 @@ def devices_for(mesh: Mesh) -> jax.sharding.Mesh:
     For programs, before their first use of jax: the number of CPU devices is fixed then.
 
     Raises:
-      JobError: jax runs already, with fewer devices.
+      JobError: jax runs already, with fewer devices; or the mesh is too large to stand in for.
     """
+    if mesh.devices > MOST_DEVICES:
+        raise JobError(
+            f"mesh {mesh} has {mesh.devices} devices; to train here, {MOST_DEVICES} are the most. "
+            "Planning has no such limit: gspmd plan."
+        )
     with contextlib.suppress(RuntimeError):  # jax runs already, with the devices that it has
         jax.config.update("jax_num_cpu_devices", mesh.devices)
     if _only_compiles_for_tpu():

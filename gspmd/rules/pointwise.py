@@ -35,6 +35,7 @@ def pointwise(op: Op, linear: Groups = ()) -> FactorRule:
 @rule("integer_pow", "is_finite", "lgamma", "log", "log1p", "logistic", "round", "rsqrt", "sign")
 @rule("sin", "sinh", "sqrt", "square", "tan", "tanh", "reduce_precision")
 @rule("clz", "not", "population_count")
+@rule("log2", "one_minus_square")  # primitives since JAX 0.12
 def unary(op: Op) -> FactorRule:
     return pointwise(op)
 
