@@ -14,7 +14,8 @@ from gspmd.errors import (
 )
 from gspmd.partition import Finding
 from gspmd.partitioned import Partitioned, partition
-from gspmd.plan import Collective, Plan, plan
+from gspmd.plan import Collective, Plan
+from gspmd.planner import plan
 from gspmd.reshard import ReshardPlan, reshard_plan
 from gspmd.rules.factor import register_rule
 from gspmd.uneven import Uneven

@@ -13,7 +13,8 @@ from gspmd.errors import TraceError
 from gspmd.specs import key_name, nearest
 
 OPTIONS = (
-    "mesh", "in_specs", "out_specs", "rules", "donate_argnums", "static_argnums", "strict", "effort",
+    "mesh", "in_specs", "out_specs", "rules", "donate_argnums", "static_argnums", "strict",
+    "effort",
 )  # fmt: skip
 """The keywords of `gspmd.plan` and `gspmd.partition`: all others are the function's."""
 

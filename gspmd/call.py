@@ -147,7 +147,7 @@ def _canonical(dtype: Any) -> Any:
         return dtype
 
 
-def _holds(dtype: Any, x: complex) -> bool:
+def _holds(dtype: Any, x: Any) -> bool:
     """Whether a scalar of `dtype` can be `x`, as JAX converts Python's numbers."""
     kinds = (np.bool_, np.integer, np.floating, np.complexfloating)
     if not isinstance(dtype, np.dtype):

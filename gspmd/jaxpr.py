@@ -149,7 +149,9 @@ def _trace_error(fn: Callable[..., Any], error: Exception, sources: Sources) -> 
     source = sources.of_traceback(error.__traceback__)
     where = f" at {source}" if source else ""
     said = str(error).strip().partition("\n")[0].rstrip(".")
-    if not isinstance(error, (TypeError, ValueError)) or not said:  # its class is half the message
+    if (
+        not isinstance(error, (TypeError, ValueError, IndexError)) or not said
+    ):  # its class is half the message
         said = f"{type(error).__name__}: {said}" if said else type(error).__name__
     advice = next((text for kind, text in _ADVICE if isinstance(error, kind)), "")
     if not advice and "static_argnums" in str(error):  # JAX says so below its first line

@@ -72,9 +72,10 @@ def partition(
     made = _Scope(state).run(program, ins, outs, [f"output {i}" for i in range(len(outs))])
     findings = tuple(dict.fromkeys(state.findings))
     if strict and findings:
+        count = "one op" if len(findings) == 1 else f"{len(findings)} ops"
         lines = "".join(f"\n  {f.message}" for f in findings)
         raise StrictError(
-            f"strict=True, but {len(findings)} ops can only run on gathered operands:{lines}\n"
+            f"strict=True, but {count} can only run on gathered operands:{lines}\n"
             "Leave these dims unsplit, register a rule (gspmd.register_rule), or drop strict."
         )
     return Partitioned(made, findings)

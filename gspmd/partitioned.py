@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from gspmd._compat import is_tracer
 from gspmd.arguments import abstract, flatten_arguments, function_name
 from gspmd.errors import TraceError
-from gspmd.plan import Plan, plan
+from gspmd.plan import Plan
+from gspmd.planner import plan
 from gspmd.specs import AnyMesh, Rules, check_rules, read_mesh
 from gspmd.uneven import Uneven
 

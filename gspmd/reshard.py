@@ -11,7 +11,7 @@ import functools
 import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from gspmd.collectives import wire_bytes
 from gspmd.errors import SpecError
 from gspmd.sharding import Axes, Mesh, Sharding, itemsize, show_axes, show_type
-from gspmd.specs import AnyMesh, read_mesh, resolve
+from gspmd.specs import AnyMesh, check_same_mesh, read_mesh, resolve
 
 Shape = tuple[int, ...]
 
@@ -95,17 +95,37 @@ def reshard_plan(
       SpecError: a spec does not fit the shape or the mesh, or `dst` owes a sum that `src` does not.
     """
     logical, _ = read_mesh(mesh)
-    start, goal = (_sharding(s, len(shape), logical, w) for s, w in ((src, "src"), (dst, "dst")))
+    sizes = _shape(shape)
+    try:
+        kind = np.dtype(dtype)
+    except TypeError as error:
+        raise SpecError(
+            f"reshard_plan: {dtype!r} is no dtype; write one such as 'float32'."
+        ) from error
+    start, goal = (_sharding(s, len(sizes), logical, w) for s, w in ((src, "src"), (dst, "dst")))
     if not set(goal.partial) <= set(start.partial):
         raise SpecError(
             f"dst owes a sum over {show_axes(goal.partial)}, src over "
             f"{show_axes(start.partial) if start.partial else 'nothing'}: a whole value has no "
             "summands; drop unreduced from dst."
         )
-    return reshard_steps(tuple(shape), np.dtype(dtype), logical, start, goal)
+    return reshard_steps(sizes, kind, logical, start, goal)
+
+
+def _shape(shape: Any) -> Shape:
+    good = isinstance(shape, Sequence) and not isinstance(shape, str)
+    if not good or not all(isinstance(n, int | np.integer) and n >= 0 for n in shape):
+        raise SpecError(
+            f"reshard_plan: {shape!r} is no shape; write the size of each dim: (8, 16)."
+        )
+    return tuple(int(n) for n in shape)
 
 
 def _sharding(spec: P | NamedSharding, rank: int, mesh: Mesh, where: str) -> Sharding:
+    if isinstance(spec, NamedSharding):
+        check_same_mesh(spec, mesh, where)
+    elif not isinstance(spec, P):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SpecError(f"{where} is {spec!r}; write a PartitionSpec such as P('x', None).")
     entries = spec.spec if isinstance(spec, NamedSharding) else spec
     constraint = resolve(P(*entries.partitions), rank, mesh, None, where)
     dims = constraint if constraint is not None else ((),) * rank

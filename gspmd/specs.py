@@ -130,8 +130,8 @@ def resolve(
         spec, rules = spec.spec, None  # its names are axes already
     if spec.unreduced or spec.reduced:
         raise SpecError(
-            f"{where}: {show_spec(spec)} speaks of sums that are owed, but a spec says how dims are "
-            "split and no more; drop unreduced and reduced, gspmd finds out what is owed."
+            f"{where}: {show_spec(spec)} speaks of sums that are owed, but a spec says how dims "
+            "are split and no more; drop unreduced and reduced, gspmd finds out what is owed."
         )
     if len(spec) > rank:
         raise SpecError(

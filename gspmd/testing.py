@@ -12,7 +12,7 @@ import numpy as np
 from jax import tree_util
 
 from gspmd.arguments import path_names
-from gspmd.plan import plan
+from gspmd.planner import plan
 from gspmd.specs import AnyMesh, Rules
 
 

@@ -153,6 +153,13 @@ def train(
     return state
 
 
+def check_checkpoints(config: TrainConfig, resume: bool) -> None:
+    """Raises CheckpointError where `train` could not start: better before compiling than after."""
+    with _open(config, resume) as checkpoints:
+        if resume:
+            checkpoints.latest()
+
+
 def steps_done(state: State) -> int:
     """How many steps led to `state`."""
     return int(np.asarray(state["step"]))
@@ -180,6 +187,13 @@ class Checkpoints:
 
     def restore(self, like: State) -> State:
         """The latest state, as NumPy arrays; `like` has its structure, shapes and dtypes."""
+        manager, step = self.latest()
+        _check_same_model(manager, step, like)
+        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+        return dict(manager.restore(step, args=ocp.args.StandardRestore(target)))
+
+    def latest(self) -> tuple[ocp.CheckpointManager, int]:
+        """Who keeps the latest state, and its step."""
         if self.manager is None:
             raise CheckpointError("resume needs a folder of checkpoints: set `checkpoints`.")
         step = self.manager.latest_step()
@@ -188,9 +202,7 @@ class Checkpoints:
                 f"{self.manager.directory} holds no checkpoint to resume from; "
                 f"start without resume."
             )
-        _check_same_model(self.manager, step, like)
-        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
-        return dict(self.manager.restore(step, args=ocp.args.StandardRestore(target)))
+        return self.manager, step
 
 
 def _check_same_model(manager: ocp.CheckpointManager, step: int, like: State) -> None:

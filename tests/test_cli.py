@@ -94,6 +94,25 @@ def untraceable():
         return x if x.sum() > 0 else -x
 
     return fn, ARGS[:1]
+
+
+def misspelt():
+    return mlp, ARGS, {"in_spec": P("data")}
+
+
+def numbered():
+    return mlp, ARGS, {3: 4}
+
+
+def broken():
+    def fn(x):
+        return {}["layer"]
+
+    return fn, ARGS[:1]
+
+
+def wordy():
+    return lambda x: "done", ARGS[:1]
 """
 PRODUCT = FILE.splitlines().index("    return h @ wo") + 1
 MESH = ("--mesh", "data=2,model=4")
@@ -106,6 +125,7 @@ def gspmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
     (tmp_path / "broken.py").write_text("import jax\n\nlayers = 4 +\n")
     (tmp_path / "raises.py").write_text("import jax\n\nraise ValueError('too few\\nlayers')\n")
     (tmp_path / "notes.txt").write_text("step")
+    (tmp_path / "dir.png").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "prog", raising=False)
@@ -258,6 +278,15 @@ def test_explain(gspmd: Callable[..., Any], about: str) -> None:
         ("train transformer --mesh x=2 --plot a.b", "ends in .png, .pdf, .svg."),
         ("train transformer --mesh x=2 --plot no/a.png", "there is no folder 'no'."),
         ("train transformer --mesh x=0", "mesh axis 'x' has size 0"),
+        ("train transformer --mesh x=9999", "mesh x=9999 has 9999 devices; to train here, 1024"),
+        ("train transformer --mesh x=2 --plot dir.png", "dir.png: it cannot be written: Is a dir"),
+        ("train transformer --mesh x=2 --checkpoint notes.txt", "notes.txt cannot be a folder"),
+        ("train transformer --mesh x=2 --checkpoint new --resume", "new holds no checkpoint"),
+        ("plan dir.png:step --mesh x=2", "there is no file 'dir.png'."),
+        ("plan prog.py:misspelt --mesh x=2", "keyword argument 'in_spec'; did you mean 'in_specs'"),
+        ("plan prog.py:numbered --mesh x=2", "returned options {3: 4}: their names are strings."),
+        ("plan prog.py:broken --mesh x=2", "fn does not trace at prog.py:"),
+        ("plan prog.py:wordy --mesh x=2", "returns at out something of type str, which is no"),
     ],
 )
 def test_bad_input_is_one_sentence(gspmd: Callable[..., Any], args: str, said: str) -> None:

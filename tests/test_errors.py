@@ -1,6 +1,7 @@
 """Misuse of the library: each is one error, whose text says what, where, and what to do."""
 
 import functools
+import inspect
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -474,8 +475,6 @@ def test_the_own_exception_of_a_function_is_the_cause() -> None:
 
 
 def test_options_are_those_of_plan() -> None:
-    import inspect
-
     for fn in (gspmd.plan, gspmd.partition):
         parameters = inspect.signature(fn).parameters.values()
         keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -501,21 +500,23 @@ FINE: dict[str, tuple[Callable[..., Any], tuple[Any, ...], Any, Any]] = {
     "the input": (lambda a: a, (FLOATS,), X, Y),
     "the input twice": (lambda a: (a, a), (FLOATS,), X, (X, Y)),
     "a constant": (lambda a: jnp.arange(8), (FLOATS,), None, X),
-    "Python's numbers": (lambda i, f, b: (i + 1, f * 2, b, 1, 2.0, True), (1, 2.0, True), None, None),
+    "Python's numbers": (lambda i, f: (i + 1, f * 2, 1, 2.0, True), (1, 2.0), None, None),
     "a typed key": (lambda k: jax.random.normal(k, (8, 16)), (jax.random.key(0),), None, X),
     "a raw key": (lambda k: jax.random.normal(k, (8, 16)), (jax.random.PRNGKey(0),), None, X),
     "keys out": (lambda k: jax.random.split(k, 8), (jax.random.key(0),), None, X),
     "an argument by its defaults": (lambda a, b=3.0: a + b, (FLOATS,), X, None),
     "any number of arguments": (lambda *xs: sum(xs), (FLOATS, FLOATS), (X, Y), None),
-    "a namedtuple": (lambda p: Pair(p.w, p.b + 1), (Pair(FLOATS, FLOATS),), (Pair(X, Y),), Pair(Y, X)),
+    "a namedtuple": (
+        lambda p: Pair(p.w, p.b + 1), (Pair(FLOATS, FLOATS),), (Pair(X, Y),), Pair(Y, X),
+    ),
     "a deep tree": (
         lambda t: functools.reduce(lambda t, _: t["k"][0], range(100), t) + 1,
         (functools.reduce(lambda t, _: {"k": [t]}, range(100), FLOATS),), X, Y,
     ),
     "more devices than rows": (lambda a: a.max(0), (FLOATS[:1],), Y, None),
     **{
-        dtype: (lambda a: (a, a.T, a[:7]), (FLOATS.astype(jnp.dtype(dtype)),), P("x", "y"), (P(), X, Y))
-        for dtype in DTYPES
+        kind: (lambda a: (a, a.T, a[:7]), (FLOATS.astype(jnp.dtype(kind)),), X, (P(), X, Y))
+        for kind in DTYPES
     },
 }  # fmt: skip
 

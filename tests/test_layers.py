@@ -25,6 +25,7 @@ LAYERS = (
     ("gspmd.pipeline", "gspmd.run", "gspmd.cost", "gspmd.memory"),
     ("gspmd.report",),
     ("gspmd.plan",),
+    ("gspmd.planner",),
     ("gspmd.partitioned",),
     ("gspmd.testing",),
     ("gspmd",),
@@ -32,7 +33,7 @@ LAYERS = (
     ("gspmd.cli", "gspmd.__main__"),
     ("examples", "benchmarks", "tests"),
 )
-DOORS = {"gspmd._compat", "gspmd.annotate", "gspmd.trace"}  # where jaxprs are met
+DOORS = {"gspmd._compat", "gspmd.annotate", "gspmd.jaxpr", "gspmd.trace"}  # where jaxprs are met
 PRIMITIVES = ("jax.extend.core.primitives", "jax.extend.random")  # whose names any module may use
 
 

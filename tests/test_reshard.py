@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -161,3 +162,20 @@ def test_a_plan_reads_well() -> None:
     assert str(plan) == (
         "all_to_all         x        f32[16,8@x]  128 B\nwire bytes 128, peak bytes 256"
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "src", "dst", "says"),
+    [
+        ((8,), "flot32", P("x"), P(), "'flot32' is no dtype"),
+        (8, "float32", P("x"), P(), "8 is no shape"),
+        ((-8,), "float32", P("x"), P(), r"\(-8,\) is no shape"),
+        ((8,), "float32", None, P(), "src is None"),
+        ((8,), "float32", P("y"), P(), "src: dim 0 of P\\('y'\\) names 'y'"),
+        ((8,), "float32", P(), P(unreduced={"x"}), "dst owes a sum over x, src over nothing"),
+        ((8,), "float32", P(unreduced={"z"}), P(), r"owes a sum over \['z'\]"),
+    ],
+)
+def test_reshard_plan_refuses(shape: Any, dtype: Any, src: Any, dst: Any, says: str) -> None:
+    with pytest.raises(gspmd.SpecError, match=says):
+        gspmd.reshard_plan(shape, dtype, "x=2", src, dst)

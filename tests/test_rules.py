@@ -274,7 +274,7 @@ def test_register_rule() -> None:
     [
         ("i k", {}, "has one '->', got 'i k'"),
         ("(i -> i", {}, "unbalanced parentheses"),
-        ("i -> i", {"kind": {"i": "sum"}}, r"unknown options \['kind'\]"),
+        ("i -> i", {"kind": {"i": "sum"}}, "no option 'kind'"),
     ],
 )
 @pytest.mark.usefixtures("table")

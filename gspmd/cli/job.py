@@ -13,7 +13,8 @@ import jax
 
 from gspmd.errors import GspmdError
 from gspmd.models import text, training, transformer
-from gspmd.plan import Plan, plan
+from gspmd.plan import Plan
+from gspmd.planner import plan
 from gspmd.sharding import Mesh
 from gspmd.specs import nearest, read_mesh
 

@@ -14,7 +14,8 @@ from typing import Any, cast
 from gspmd.cli.terminal import InputError
 from gspmd.errors import GspmdError
 from gspmd.partitioned import Partitioned
-from gspmd.plan import Plan, plan
+from gspmd.plan import Plan
+from gspmd.planner import plan
 from gspmd.specs import nearest
 
 Rules = dict[str, str | tuple[str, ...] | None]
@@ -119,7 +120,8 @@ def describe(error: BaseException, path: Path | None = None) -> str:
     text = next(iter(str(error).splitlines()), "")
     if isinstance(error, SyntaxError):
         own = path is not None and error.filename == str(path.resolve())
-        return f"{type(error).__name__}: {error.msg} ({path if own else error.filename}:{error.lineno})."
+        file = path if own else error.filename
+        return f"{type(error).__name__}: {error.msg} ({file}:{error.lineno})."
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f.lineno for f in frames if path and Path(f.filename) == path.resolve()]
     where = f" ({path}:{lines[-1]})" if lines else ""

@@ -18,7 +18,7 @@ from gspmd.cli.job import Job, JobError, make_job
 from gspmd.cli.show import plan_json, summary
 from gspmd.cli.terminal import LIMIT_BROKEN, complain, console, printable, say, say_json
 from gspmd.models import transformer
-from gspmd.models.training import Record, State, tokens_per_second
+from gspmd.models.training import Record, State, check_checkpoints, tokens_per_second
 
 PROMPT = "def "
 # Sums of float32 in another order differ in their last bit. Training amplifies that: two runs of
@@ -30,6 +30,7 @@ def train(job: Job, *, resume: bool, plot: Path | None, sample: int, as_json: bo
     """Trains, prints what happened, and `sample` bytes that the model writes."""
     if resume and job.schedule.checkpoints is None:
         raise JobError("--resume needs --checkpoint DIR, the folder to go on from.")
+    check_checkpoints(job.schedule, resume)
     if plot is not None:
         check_drawable(plot)
     if not as_json:
