@@ -12,7 +12,7 @@ from gspmd.errors import (
     StrictError,
     TraceError,
 )
-from gspmd.partition import Finding
+from gspmd.findings import Finding
 from gspmd.partitioned import Partitioned, partition
 from gspmd.plan import Collective, Plan
 from gspmd.planner import plan

@@ -19,6 +19,7 @@ from jax.extend.core import primitives
 from gspmd import local
 from gspmd.choose import Choice, Situation, choose, required
 from gspmd.errors import StrictError
+from gspmd.findings import Finding, gathered
 from gspmd.ir import (
     Cause,
     Layout,
@@ -30,24 +31,11 @@ from gspmd.ir import (
     Value,
     values_of,
 )
-from gspmd.reshard import Step, permutation, reshard_cost, reshard_steps
+from gspmd.reshard import Step, permutation, reshard_steps
 from gspmd.rules import factor_rule
 from gspmd.rules.control import CONTROL, Tie, ties
 from gspmd.rules.factor import REDUCTIONS, RULES, FactorRule, Split
-from gspmd.sharding import Axes, Mesh, Sharding, show_axes
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Finding:
-    """Something the user should know about a plan: `code` names its kind, `bytes` its cost."""
-
-    code: str
-    message: str
-    source: Source | None = None
-    bytes: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.code}: {self.message}"
+from gspmd.sharding import Axes, Mesh, Sharding
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,8 +169,11 @@ class _Scope:
             self.versions[op.outs[0]] = {}
             self.recipes[op.outs[0]] = (op, rule)
             return
-        choice = choose(self._situation(op, rule))
-        self._report(op, rule, choice)
+        situation = self._situation(op, rule)
+        choice = choose(situation)
+        finding = gathered(op, rule, choice, situation.have, self.mesh)
+        if finding is not None:
+            self.state.findings.append(finding)
         self._emit(op, rule, choice)
 
     def _situation(self, op: Op, rule: FactorRule) -> Situation:
@@ -403,33 +394,3 @@ class _Scope:
             return shardings[op.bodies[body].ins[i]].dims
         assert tie.result is not None
         return shardings[op.outs[tie.result]].dims[tie.lead :]
-
-    def _report(self, op: Op, rule: FactorRule, choice: Choice) -> None:
-        """Records a finding where `op` makes its operands whole for want of a better strategy."""
-        known = op.name in RULES
-        moved = 0.0
-        axes: dict[str, None] = {}
-        for x, dims, needs in zip(op.ins, rule.ins, choice.ins, strict=True):
-            versions = self.versions[x] if isinstance(x, Value) else {}
-            lost = [
-                axis
-                for have in versions
-                for factors, held in zip(dims, have.dims, strict=True)
-                for axis in held
-                if any(rule.kinds[f] == "whole" for f in factors)
-            ]
-            if lost:
-                axes.update(dict.fromkeys(lost))
-                moved += min(
-                    reshard_cost(x.shape, x.dtype, self.mesh, have, needs) for have in versions
-                )
-        if known and not moved:
-            return
-        where = f" at {op.source}" if op.source else ""
-        split = f" over {show_axes(tuple(axes))}" if axes else ""
-        if known:
-            code, why = "gathered", f"{op.name}{where} needs a dim whole that is split{split}"
-        else:
-            code, why = "no-rule", f"{op.name}{where} has no factor rule, so it runs replicated"
-        message = f"{why}: {moved:,.0f} bytes per device gathered"
-        self.state.findings.append(Finding(code, message, op.source, moved))

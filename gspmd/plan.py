@@ -18,8 +18,8 @@ from gspmd import explain, run
 from gspmd.call import match_call
 from gspmd.collectives import wire_bytes
 from gspmd.errors import GspmdError
+from gspmd.findings import Finding
 from gspmd.ir import COLLECTIVES, Op, Program, Value
-from gspmd.partition import Finding
 from gspmd.printing import show
 from gspmd.propagate import Propagated
 from gspmd.sharding import (

@@ -9,9 +9,10 @@ from jax import tree_util
 
 from gspmd.arguments import function_name, positions
 from gspmd.errors import SpecError
-from gspmd.ir import COLLECTIVES, Op, Program, Value, verify
+from gspmd.findings import unbounded
+from gspmd.ir import Op, Program, Value, verify
 from gspmd.optimize import optimize
-from gspmd.partition import Finding, partition
+from gspmd.partition import partition
 from gspmd.plan import Plan
 from gspmd.propagate import Propagated, propagate
 from gspmd.sharding import Axes, Constraint, Mesh, Sharding, root_axis
@@ -81,7 +82,7 @@ def plan(
     program = optimize(verify(parted.program, refined), refined)
     clock.lap("optimize")
     static = positions(static_argnums, len(args), "static_argnums", fn)
-    findings = parted.findings + _unbounded(program)
+    findings = parted.findings + unbounded(program)
     return Plan(
         program=program,
         model=model,
@@ -184,15 +185,3 @@ def _at_boundary(sharding: Sharding, mesh: Mesh) -> Sharding:
             i += len(group)
         dims.append(tuple(kept))
     return Sharding(tuple(dims))
-
-
-def _unbounded(program: Program) -> tuple[Finding, ...]:
-    return tuple(
-        Finding(
-            "unbounded-loop",
-            f"{op.name} at {op.source} has no trip count: its bytes count once",
-            op.source,
-        )
-        for op, trips in program.walk()
-        if trips < 0 and op.name in COLLECTIVES
-    )

@@ -20,6 +20,7 @@ LAYERS = (
     ("gspmd.call", "gspmd.collectives", "gspmd.jaxpr", "gspmd.rules"),
     ("gspmd.annotate", "gspmd.evaluate", "gspmd.propagate", "gspmd.reshard", "gspmd.trace"),
     ("gspmd.choose", "gspmd.explain", "gspmd.halo"),
+    ("gspmd.findings",),
     ("gspmd.partition",),
     ("gspmd.optimize",),
     ("gspmd.pipeline", "gspmd.run", "gspmd.cost", "gspmd.memory"),
