@@ -268,7 +268,7 @@ def test_a_gathered_op_is_found_and_refused() -> None:
     assert "sort" in finding.message
     assert AT.search(finding.message)
     agrees(plan, sort, x)
-    with pytest.raises(StrictError, match=r"1 ops can only run on gathered operands:\n.*sort"):
+    with pytest.raises(StrictError, match=r"one op can only run on gathered operands:\n.*sort"):
         gspmd.plan(sort, x, mesh="x=2", in_specs=(P("x"),), strict=True)
     other = gspmd.plan(sort, x, mesh="x=2", in_specs=(P(None, "x"),), strict=True)
     assert other.findings == ()
