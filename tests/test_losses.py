@@ -70,3 +70,22 @@ def test_losses_equal_the_unpartitioned_run(mesh: str, strategy: str, config: st
         donate_argnums=0,
     )
     np.testing.assert_allclose(losses(CONFIGS[config], partition), unpartitioned(config), rtol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", ["data=8,model=8", "data=4,fsdp=4,model=4"])
+def test_a_step_on_64_simulated_devices(mesh: str) -> None:
+    """One device plays 64: the whole state after a step is that of the unpartitioned step."""
+    optimizer = training.make_optimizer(training.TrainConfig())
+    step = training.make_step(
+        lambda params, batch, key: transformer.loss(TINY, params, batch), optimizer, seed=0
+    )
+    state = training.init_state(functools.partial(transformer.init, TINY), optimizer, seed=0)
+    batch = text.batch(tokens(), seed=0, step=0, batch_size=16, seq=TINY.seq)
+    rules = transformer.rules_for("2d", [part.split("=")[0] for part in mesh.split(",")])
+    plan = gspmd.plan(step, state, batch, mesh=mesh, rules=rules, in_specs=(None, P("batch")))
+    assert plan.mesh.devices == 64
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        plan.simulate(state, batch),
+        jax.jit(step)(state, batch),
+    )
