@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
@@ -137,20 +139,47 @@ def train(
         state = checkpoints.restore(jax.eval_shape(fresh)) if resume else jax.jit(fresh)()
         for done in range(steps_done(state), config.steps):
             try:
-                began = time.perf_counter()
-                now = batch(done)
-                state, metrics = step(state, now)
-                value = float(metrics["loss"])  # waits for the step to end
-                seconds = time.perf_counter() - began
-                on_step(Record(done + 1, value, int(np.size(now["targets"])), seconds))
+                with _uninterrupted():
+                    began = time.perf_counter()
+                    now = batch(done)
+                    state, metrics = step(state, now)
+                    value = float(metrics["loss"])  # waits for the step to end
+                    seconds = time.perf_counter() - began
+                    on_step(Record(done + 1, value, int(np.size(now["targets"])), seconds))
             except KeyboardInterrupt:
-                # An interrupted step may have taken the state's buffers: then the last save stands.
+                # A step cut short may have taken the state's buffers: then the last save stands.
                 with contextlib.suppress(RuntimeError):
                     checkpoints.save(state)
                 raise
             if (done + 1) % config.save_every == 0 or done + 1 == config.steps:
                 checkpoints.save(state)
     return state
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Generator[None]:
+    """Holds Ctrl-C back until the block has ended; a second one takes effect at once.
+
+    A step that donates its state leaves none to save when it is cut short.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # signals go elsewhere, or are ignored
+        return
+    pressed: list[int] = []
+
+    def note(signum: int, frame: Any) -> None:
+        if pressed:
+            handler(signum, frame)
+        pressed.append(signum)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        handler(signal.SIGINT, None)
 
 
 def check_checkpoints(config: TrainConfig, resume: bool) -> None:

@@ -118,13 +118,31 @@ def test_a_run_interrupted_after_a_step_saves_that_step(config, uninterrupted):
 
 def test_a_run_interrupted_before_its_first_step_is_resumed_or_begun_anew(config, uninterrupted):
     def compile_step(fn: training.TrainStep) -> training.TrainStep:
-        raise_at_first_call: Any = functools.partial(signal.raise_signal, signal.SIGINT)
-        return lambda state, now: raise_at_first_call()
+        def interrupted(state: training.State, now: Any) -> Any:
+            raise KeyboardInterrupt
+
+        return interrupted
 
     with pytest.raises(KeyboardInterrupt):
         training.train(config, init, loss, batch, compile_step=compile_step)
     assert run(dataclasses.replace(config, steps=2))[0] == uninterrupted[:2]
     assert run(config, resume=True)[0] == uninterrupted[2:]
+
+
+def test_ctrl_c_within_a_step_waits_for_its_end_and_saves_it(config, uninterrupted):
+    def compile_step(fn: training.TrainStep) -> training.TrainStep:
+        step = jax.jit(fn, donate_argnums=0)
+
+        def interrupted(state: training.State, now: Any) -> Any:
+            if training.steps_done(state) == 4:
+                signal.raise_signal(signal.SIGINT)
+            return step(state, now)
+
+        return interrupted
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config, init, loss, batch, compile_step=compile_step)
+    assert run(config, resume=True)[0] == uninterrupted[5:]
 
 
 def test_a_run_interrupted_within_a_step_leaves_the_last_save(config, uninterrupted):
