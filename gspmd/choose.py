@@ -223,7 +223,7 @@ def _evaluate(
     for i, (dims, (shape, dtype), have) in enumerate(
         zip(rule.ins, situation.in_types, situation.have, strict=True)
     ):
-        needs = Sharding(required(dims, axes), flow.get(i, ()), reduction)
+        needs = Sharding(required(dims, axes), _in_order(flow.get(i, ()), mesh), reduction)
         if have:
             cost += min(
                 reshard_cost(shape, dtype, mesh, s, needs) for s in have if _reaches(s, needs)
@@ -240,10 +240,15 @@ def _evaluate(
         for f, part in enumerate(axes):
             if part and f not in kept and rule.kinds[f] in REDUCTIONS:
                 partial, kind = partial + part, rule.kinds[f]
-        made = Sharding(required(dims, axes), partial, kind)
+        made = Sharding(required(dims, axes), _in_order(partial, mesh), kind)
         cost += reshard_cost(shape, dtype, mesh, made, goal)
         outs.append(made)
     return Choice(axes, tuple(ins), tuple(outs), cost)
+
+
+def _in_order(axes: Collection[str], mesh: Mesh) -> Axes:
+    """Axes of which a sum is owed, as the mesh lists them: their order means nothing."""
+    return tuple(axis for axis in mesh.names if axis in axes)
 
 
 def _reaches(src: Sharding, dst: Sharding) -> bool:

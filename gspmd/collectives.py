@@ -109,9 +109,13 @@ def _reduce_alone(x: jax.Array, target: Target, axes: Axes, reduction: str) -> j
     reduction = _BOOLEAN[reduction] if x.dtype == np.bool_ else reduction
     if reduction in ("max", "min") and not jnp.issubdtype(x.dtype, jnp.complexfloating):
         return _extremum(x, target, axes, reduction)
-    # Neither JAX nor XLA's backends reduce these over a mesh: everyone gathers, then reduces.
-    (stacked,) = _all_gather(x[None], target=target, axes=axes, dim=0)
-    return _reduce(stacked, 0, reduction)
+    # Neither JAX nor XLA's backends reduce these over a mesh: each device reduces a piece for all.
+    how: dict[str, Any] = {"target": target, "axes": axes, "dim": 0}
+    missing = -x.size % lax.axis_size(axes)
+    pieces = jnp.concatenate([x.ravel(), jnp.zeros(missing, x.dtype)])
+    (mine,) = _reduce_scatter(pieces, **how, reduction=reduction)
+    (whole,) = _all_gather(mine, **how)
+    return whole[: x.size].reshape(x.shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))

@@ -43,12 +43,17 @@ def why_value(value: Value, context: Context) -> str:
     for dim, axes in enumerate(context.shardings[value].dims):
         lines += [f"  dim {dim} over {axis}: {chain((value, dim, axis), context)}" for axis in axes]
     if not context.shardings[value].axes:
-        lines.append("  whole on every device: no annotation reaches it, or one says so")
+        lines.append("  no axis splits it: no annotation reaches it, or one says so")
     return "\n".join(lines)
 
 
 def why_collective(op: Op, context: Context) -> str:
-    """Which shardings met at a collective, and who set each."""
+    """Which shardings met at a collective, and who set each; for each part of a combined one."""
+    texts = [_why(part, context) for part in op.parts or (op,)]
+    return "\n".join(dict.fromkeys(texts))
+
+
+def _why(op: Op, context: Context) -> str:
     if op.cause is None:
         return "  the program asks for it"
     cause, axes = op.cause, op.params.get("axes") or op.params["src"]
@@ -58,7 +63,7 @@ def why_collective(op: Op, context: Context) -> str:
     lines = [f"  {_called(value, context)} is {have}; {_needed_by(cause)} needs {needs}"]
     for axis in axes:
         if axis in cause.src.partial:
-            lines += _owed(value, axis, context)
+            lines += _owed(cause, axis, context)
         else:
             lines += _held(value, cause.src, axis, context)
         lines += _wanted(cause, axis, context)
@@ -93,7 +98,7 @@ def _called(value: Value, context: Context) -> str:
         return value.name
     op = context.producers.get(value)
     if op is None:
-        return "a loop's value"
+        return "a value that the function or a body starts with"
     where = f" at {op.source}" if op.source else ""
     return f"the result of {op.name}{where}"
 
@@ -116,12 +121,15 @@ def _held(value: Value, src: Sharding, axis: str, context: Context) -> list[str]
     return []
 
 
-def _owed(value: Value, axis: str, context: Context) -> list[str]:
-    """A sum is owed because an op contracted over a dim that the axis splits."""
-    op = _summing(value, axis, context)
-    if op is None:
-        return [f"  a sum over {axis} is owed"]
-    lines = [f"  a sum over {axis} is owed: {op.name} ({op.source}) reduces over dims split by it"]
+NOUNS = {"sum": "a sum", "max": "a maximum", "min": "a minimum", "prod": "a product"}
+
+
+def _owed(cause: Cause, axis: str, context: Context) -> list[str]:
+    """What is owed over `axis`, and the op that reduces over dims split by it."""
+    op = dict(cause.sums)[axis]
+    what = NOUNS.get(cause.src.reduction, f"an {cause.src.reduction}")
+    where = f" ({op.source})" if op.source else ""
+    lines = [f"  {what} over {axis} is owed: {op.name}{where} reduces over dims split by it"]
     for i, x in enumerate(op.ins):
         if isinstance(x, Literal):
             continue
@@ -132,18 +140,6 @@ def _owed(value: Value, axis: str, context: Context) -> list[str]:
                     f"    operand {i} {context.type(x)}, dim {dim}: {chain(place, context)}"
                 )
     return lines
-
-
-def _summing(value: Value, axis: str, context: Context) -> Op | None:
-    """The op that reduces over dims split by `axis`: behind linear ops, which let a sum pass."""
-    while True:
-        op = context.producers.get(value)
-        if op is None or op.name in CONTROL:
-            return None
-        operands = values_of(op.ins)
-        if any(axis in context.shardings[x].axes for x in operands) or not operands:
-            return op
-        value = operands[0]
 
 
 def _wanted(cause: Cause, axis: str, context: Context) -> list[str]:
@@ -179,8 +175,9 @@ def graph(context: Context, collectives: Sequence[Op]) -> "nx.DiGraph[str]":
     """
     caused: dict[int, list[int]] = {}
     for number, op in enumerate(collectives, start=1):
-        if op.cause is not None and op.cause.consumer is not None:
-            caused.setdefault(id(op.cause.consumer), []).append(number)
+        for part in op.parts or (op,):
+            if part.cause is not None and part.cause.consumer is not None:
+                caused.setdefault(id(part.cause.consumer), []).append(number)
     g: nx.DiGraph[str] = nx.DiGraph()
 
     def value_node(value: Value) -> str:

@@ -52,7 +52,10 @@ def gathered(
     if known:
         code, why = "gathered", f"{op.name}{where} needs a dim whole that is split{split}"
     else:
-        code, why = "no-rule", f"{op.name}{where} has no factor rule, so it runs replicated"
+        code, why = (
+            "no-rule",
+            f"{op.name}{where} has no factor rule, so it runs whole on every device",
+        )
     return Finding(code, f"{why}: {moved:,.0f} bytes per device gathered", op.source, moved)
 
 

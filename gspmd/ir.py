@@ -89,7 +89,8 @@ Operand = Value | Literal
 class Cause:
     """Why a local op exists which the user did not write: a reshard of `value` for `consumer`.
 
-    Both belong to the global program. `consumer` is None at the program's boundary.
+    Both belong to the global program. `consumer` is None at the program's boundary. `sums` says for
+    each axis over which `value` still owes a sum, which op it arose in.
     """
 
     value: Value
@@ -97,6 +98,7 @@ class Cause:
     dst: Sharding
     consumer: "Op | None" = None
     role: str = ""  # "operand 1", "result", "output", "carry", ...
+    sums: "tuple[tuple[str, Op], ...]" = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -114,6 +116,8 @@ class Op:
     source: Source | None = None
     call: Callable[..., Any] | None = None
     cause: Cause | None = None
+    effects: bool = False  # it must run even if nobody reads its results, and as often as written
+    parts: "tuple[Op, ...]" = ()  # the ops that were combined into this one
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -59,9 +59,10 @@ def partition(
     outs = tuple(shardings[x] if isinstance(x, Value) else None for x in program.outs)
     made = _Scope(state).run(program, ins, outs, [f"output {i}" for i in range(len(outs))])
     findings = tuple(dict.fromkeys(state.findings))
-    if strict and findings:
-        count = "one op" if len(findings) == 1 else f"{len(findings)} ops"
-        lines = "".join(f"\n  {f.message}" for f in findings)
+    costly = [finding for finding in findings if finding.bytes]
+    if strict and costly:
+        count = "one op" if len(costly) == 1 else f"{len(costly)} ops"
+        lines = "".join(f"\n  {finding.message}" for finding in costly)
         raise StrictError(
             f"strict=True, but {count} can only run on gathered operands:{lines}\n"
             "Leave these dims unsplit, register a rule (gspmd.register_rule), or drop strict."
@@ -123,6 +124,7 @@ class _Scope:
         self.versions: dict[Value, dict[Sharding, Value]] = {}
         self.recipes: dict[Value, tuple[Op, FactorRule]] = {}
         self.sources: dict[Value, Source | None] = {}
+        self.sums: dict[tuple[Value, str], Op] = {}
         self.masked: dict[tuple[Value, int, str], Value] = {}
 
     def run(
@@ -213,10 +215,22 @@ class _Scope:
                 params = MappingProxyType({**op.params, **op_rule.params(op, split)})
             if op_rule.call is not None:
                 call = op_rule.call(op, split)
-        self.ops.append(Op(op.name, tuple(ins), tuple(outs), params, source=op.source, call=call))
+        self.ops.append(
+            dataclasses.replace(op, ins=tuple(ins), outs=tuple(outs), params=params, call=call)
+        )
         for x, made, mine in zip(op.outs, choice.outs, outs, strict=True):
             self.versions[x] = {made: mine}
             self.sources[x] = op.source
+            for axis in made.partial:
+                self.sums[x, axis] = self._summing(op, rule, choice, axis)
+
+    def _summing(self, op: Op, rule: FactorRule, choice: Choice, axis: str) -> Op:
+        """The op to which a result of `op` owes the sum over `axis`: itself, or one before it."""
+        for f, axes in enumerate(choice.axes):
+            if axis in axes and rule.kinds[f] in REDUCTIONS:
+                return op
+        owing = (x for x, s in zip(op.ins, choice.ins, strict=True) if axis in s.partial)
+        return next(self.sums[x, axis] for x in owing if isinstance(x, Value))
 
     def _mask(self, op: Op, rule: FactorRule, choice: Choice, i: int, x: Value) -> Value:
         """Neutralizes the padding of `x` in the dims that `op` reduces."""
@@ -255,7 +269,8 @@ class _Scope:
         for step in plan.steps:
             if step.dst in versions:
                 continue
-            cause = Cause(x, step.src, needs, consumer, role)
+            sums = tuple((axis, self.sums[x, axis]) for axis in step.src.partial)
+            cause = Cause(x, step.src, needs, consumer, role, sums)
             versions[step.dst] = self._step(x, versions[step.src], step, cause)
         return versions[needs]
 
@@ -321,7 +336,7 @@ class _Scope:
         made_at = self.sources.get(value)
         needed_at = cause.consumer.source if cause.consumer is not None else None
         if step.src.partial != step.dst.partial:
-            return made_at or needed_at
+            return dict(cause.sums)[step.axes[0]].source or made_at or needed_at
         return needed_at or made_at
 
     def _pad(self, x: Value, dim: int, size: int, source: Source | None, cause: Cause) -> Value:
@@ -382,7 +397,7 @@ class _Scope:
             for b, body in enumerate(op.bodies)
         )
         outs = tuple(self.state.local_value(v, s) for v, s in zip(op.outs, results, strict=True))
-        self.ops.append(Op(op.name, tuple(ins), outs, op.params, bodies, op.source, op.call))
+        self.ops.append(dataclasses.replace(op, ins=tuple(ins), outs=outs, bodies=bodies))
         for value, sharding, mine in zip(op.outs, results, outs, strict=True):
             self.versions[value] = {sharding: mine}
 

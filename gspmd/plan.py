@@ -123,7 +123,10 @@ class Plan:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that one device sends in one call; an unbounded loop counts as one trip."""
+        """Bytes that one device sends in one call.
+
+        An upper bound where there are branches, which all count; an unbounded loop counts once.
+        """
         return sum(c.wire_bytes * abs(c.trips) for c in self.collectives)
 
     @property
@@ -167,7 +170,12 @@ class Plan:
             one = self.collectives[x - 1]
             return f"{one}\n{one.why}"
         if isinstance(x, str) and re.search(r":\d+$", x):  # pyright: ignore[reportUnnecessaryIsInstance]
-            here = [c for c in self.collectives if _same_line(c.source, x)]
+            ops = (op for op, _ in self._collective_ops)
+            here = [
+                c
+                for c, op in zip(self.collectives, ops, strict=True)
+                if any(_same_line(str(part.source), x) for part in op.parts or (op,))
+            ]
             if here:
                 return "\n\n".join(f"{c}\n{c.why}" for c in here)
             values = self._at_line(x)

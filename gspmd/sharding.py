@@ -101,7 +101,8 @@ class Sharding:
     """How one tensor lies on a mesh: axes per dim, major first, and reductions still owed.
 
     `partial` names the axes over which the devices hold summands (or maxima, ..., see `reduction`)
-    of the true value; the true value appears once those axes are reduced. No axis occurs twice.
+    of the true value; the true value appears once those axes are reduced. They are listed in the
+    order of the mesh, which means nothing. No axis occurs twice.
     """
 
     dims: tuple[Axes, ...]

@@ -269,6 +269,7 @@ class _Converter:
                 MappingProxyType(params),
                 source=source,
                 call=self._calls[primitive],
+                effects=bool(eqn.effects),
             )
         )
         for key, sharding in given.items():
@@ -290,7 +291,8 @@ class _Converter:
         bodies = tuple(self.program(jaxpr, source) for jaxpr in jaxprs)
         outs = tuple(self._value(v.aval) for v in eqn.outvars)
         params = MappingProxyType({key: given[key] for key in kept}) if kept else NO_PARAMS
-        scope.ops.append(Op(name, ins, outs, params, bodies, source))
+        effects = bool(eqn.effects)
+        scope.ops.append(Op(name, ins, outs, params, bodies, source, effects=effects))
         return outs
 
     def _call(

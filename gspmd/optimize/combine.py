@@ -79,4 +79,5 @@ def _merged(group: list[Op]) -> Op:
         max(group, key=_bytes),
         ins=tuple(x for op in group for x in op.ins),
         outs=tuple(x for op in group for x in op.outs),
+        parts=tuple(part for op in group for part in op.parts or (op,)),
     )

@@ -12,11 +12,11 @@ from gspmd.sharding import Mesh
 
 
 def drop_unused(program: Program, mesh: Mesh) -> Program:
-    """Removes the ops that no output depends on, in bodies too; ops without results stay."""
+    """Removes the ops that no output depends on, in bodies too, unless they have effects."""
     live: set[Value] = set(values_of(program.outs))
     kept: list[Op] = []
     for op in reversed(program.ops):
-        if op.outs and live.isdisjoint(op.outs):
+        if not op.effects and live.isdisjoint(op.outs):
             continue
         live.update(values_of(op.ins))
         if op.bodies:

@@ -12,6 +12,9 @@ from typing import Any
 from gspmd.ir import Op, Operand, Program, Value
 from gspmd.sharding import Mesh
 
+STATEFUL = ("rng_uniform",)
+"""Primitives that give something else each time, though JAX records no effect of theirs."""
+
 
 def share(program: Program, mesh: Mesh) -> Program:
     """Merges ops of equal name, operands, params and result types; looks inside each body alone."""
@@ -38,7 +41,7 @@ def share(program: Program, mesh: Mesh) -> Program:
 
 def _key(op: Op) -> Hashable | None:
     """What makes two ops equal; None for an op that must not be merged."""
-    if op.bodies or not op.outs or "callback" in op.name:
+    if op.bodies or op.effects or op.name in STATEFUL:
         return None
     operands = tuple(x if isinstance(x, Value) else _literal(x.value, x.dtype) for x in op.ins)
     types = tuple((x.shape, x.dtype, x.layout) for x in op.outs)

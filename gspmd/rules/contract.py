@@ -5,15 +5,25 @@ from typing import Any
 
 from gspmd.ir import Op
 from gspmd.rules.factor import Dims, FactorRule, Factors, gathered, rule
+from gspmd.rules.pointwise import holds
 
-BILINEAR = ((0,), (1,))
+
+def _bilinear(op: Op) -> tuple[tuple[int, ...], ...]:
+    """The operands in which a product is linear: those whose sums its results can hold.
+
+    An int8 sum that is still owed may wrap around; in an int32 product it must not have.
+    """
+    result = op.outs[0].dtype
+    return tuple(
+        (i,) for i in (0, 1) if op.ins[i].dtype == result or holds(result, op.ins[i].dtype)
+    )
 
 
 @rule("dot_general")
 def dot_general(op: Op) -> FactorRule:
     f = Factors()
     left, right, out = _product(f, op, op.params["dimension_numbers"])
-    return f.rule([left, right], [out], linear=BILINEAR, forward=1, backward=1)
+    return f.rule([left, right], [out], linear=_bilinear(op), forward=1, backward=1)
 
 
 def _product(
@@ -58,7 +68,7 @@ def ragged_dot_general(op: Op) -> FactorRule:
     group = f.dims(sizes, "whole")
     if {*ragged} & {*contract}:
         out = (*group, *out)
-    return f.rule([left, right, group], [out], linear=BILINEAR, forward=1, backward=1)
+    return f.rule([left, right, group], [out], linear=_bilinear(op), forward=1, backward=1)
 
 
 @rule("conv_general_dilated")
@@ -81,4 +91,4 @@ def conv_general_dilated(op: Op) -> FactorRule:
     for factors, shape in ((left, lhs.shape), (right, rhs.shape), (result, out.shape)):
         factors |= {d: f.new(k, "whole") for d, k in enumerate(shape) if d not in factors}
     ins = [_in_order(left), _in_order(right)]
-    return f.rule(ins, [_in_order(result)], linear=BILINEAR, forward=1, backward=1)
+    return f.rule(ins, [_in_order(result)], linear=_bilinear(op), forward=1, backward=1)

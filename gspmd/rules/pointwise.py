@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gspmd.ir import Op
+from gspmd.ir import Literal, Op
 from gspmd.rules.factor import Dims, FactorRule, Factors, Split, rule
 
 Groups = tuple[tuple[int, ...], ...]
@@ -65,8 +65,9 @@ def bilinear(op: Op) -> FactorRule:
 
 @rule("div")
 def div(op: Op) -> FactorRule:
-    # Integer division rounds, so a quotient of a sum is not the sum of the quotients.
-    exact = jnp.issubdtype(op.outs[0].dtype, jnp.inexact)
+    # Integer division rounds, so a quotient of a sum is not the sum of the quotients. Neither is it
+    # where the divisor is zero: summands of both signs would give inf - inf.
+    exact = jnp.issubdtype(op.outs[0].dtype, jnp.inexact) and isinstance(op.ins[1], Literal)
     return pointwise(op, linear=((0,),) if exact else ())
 
 
@@ -77,11 +78,11 @@ def select_n(op: Op) -> FactorRule:
 
 @rule("convert_element_type")
 def convert_element_type(op: Op) -> FactorRule:
-    exact = _holds(op.outs[0].dtype, op.ins[0].dtype)
+    exact = holds(op.outs[0].dtype, op.ins[0].dtype)
     return pointwise(op, linear=((0,),) if exact else ())
 
 
-def _holds(wide: Any, narrow: Any) -> bool:
+def holds(wide: Any, narrow: Any) -> bool:
     """Whether `wide` is a floating type with every value of the floating type `narrow`."""
     if not (jnp.issubdtype(wide, jnp.floating) and jnp.issubdtype(narrow, jnp.floating)):
         return False
