@@ -1,11 +1,11 @@
 """Why: the chain of origins behind a collective or a sharding, down to the user's lines."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import networkx as nx
 
-from gspmd.ir import Cause, Literal, Op, Program, Value, values_of
+from gspmd.ir import Cause, Op, Program, Value, values_of
 from gspmd.propagate import Origin, Place, Propagated
 from gspmd.rules import factor_rule
 from gspmd.rules.control import CONTROL
@@ -130,16 +130,21 @@ def _owed(cause: Cause, axis: str, context: Context) -> list[str]:
     what = NOUNS.get(cause.src.reduction, f"an {cause.src.reduction}")
     where = f" ({op.source})" if op.source else ""
     lines = [f"  {what} over {axis} is owed: {op.name}{where} reduces over dims split by it"]
-    for i, x in enumerate(op.ins):
-        if isinstance(x, Literal):
-            continue
+    operands = [(f"operand {i}", x) for i, x in enumerate(op.ins) if isinstance(x, Value)]
+    return lines + [
+        f"    {label} {context.type(x)}, dim {dim}: {chain((x, dim, axis), context)}"
+        for label, x, dim in _splits(operands, axis, context)
+    ]
+
+
+def _splits(
+    tensors: Sequence[tuple[str, Value]], axis: str, context: Context
+) -> Iterator[tuple[str, Value, int]]:
+    """Those of the labelled values that `axis` splits, and in which dim."""
+    for label, x in tensors:
         for dim, axes in enumerate(context.shardings[x].dims):
             if axis in axes:
-                place = (x, dim, axis)
-                lines.append(
-                    f"    operand {i} {context.type(x)}, dim {dim}: {chain(place, context)}"
-                )
-    return lines
+                yield label, x, dim
 
 
 def _wanted(cause: Cause, axis: str, context: Context) -> list[str]:
@@ -147,19 +152,15 @@ def _wanted(cause: Cause, axis: str, context: Context) -> list[str]:
     op = cause.consumer
     if op is None or op.name in CONTROL:  # the values of a loop have nothing to do with each other
         return []
-    lines: list[str] = []
-    tensors = [(f"operand {i}", x) for i, x in enumerate(op.ins)]
-    tensors += [(f"result {i}" if len(op.outs) > 1 else "result", x) for i, x in enumerate(op.outs)]
-    for label, x in tensors:
-        if isinstance(x, Literal) or x == cause.value:
-            continue
-        for dim, axes in enumerate(context.shardings[x].dims):
-            if axis in axes:
-                place = (x, dim, axis)
-                lines.append(
-                    f"  it meets {label} {context.type(x)}, dim {dim} over {axis}: "
-                    f"{chain(place, context)}"
-                )
+    result = "result" if len(op.outs) == 1 else "result {}"
+    tensors = [(f"operand {i}", x) for i, x in enumerate(op.ins) if isinstance(x, Value)]
+    tensors += [(result.format(i), x) for i, x in enumerate(op.outs)]
+    others = [(label, x) for label, x in tensors if x != cause.value]
+    lines = [
+        f"  it meets {label} {context.type(x)}, dim {dim} over {axis}: "
+        f"{chain((x, dim, axis), context)}"
+        for label, x, dim in _splits(others, axis, context)
+    ]
     if not lines and op.name != "constraint":
         whole = [k for k in factor_rule(op).kinds if k == "whole"]
         if whole:

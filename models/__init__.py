@@ -1,0 +1,1 @@
+"""Reference models: programs for one device, annotated; tables say how a mesh splits them."""
