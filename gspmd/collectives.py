@@ -178,10 +178,16 @@ def _collective_permute(
 ) -> tuple[jax.Array, ...]:
     x, restore = _as_bytes(x)
     if target == "devices":
-        sizes = [lax.axis_size(axis) for axis in src]
-        order = np.arange(np.prod(sizes)).reshape(sizes)
-        receivers = order.transpose([src.index(axis) for axis in dst]).ravel()
-        return (restore(lax.ppermute(x, src, [(i, int(j)) for i, j in enumerate(receivers)])),)
+        # JAX wants the axes in the order of the mesh, and numbers the devices by that.
+        axes = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in src)
+        sizes = [lax.axis_size(axis) for axis in axes]
+        device = np.arange(np.prod(sizes)).reshape(sizes)
+        senders, receivers = (
+            device.transpose([axes.index(axis) for axis in order]).ravel().tolist()
+            for order in (src, dst)
+        )
+        pairs = list(zip(senders, receivers, strict=True))
+        return (restore(lax.ppermute(x, axes, pairs)),)
     # Everyone sees all blocks in the order of `src` and picks its own; under vmap that is a gather.
     (blocks,) = _all_gather(x[None], target=target, axes=src, dim=0)
     return (restore(lax.dynamic_index_in_dim(blocks, lax.axis_index(dst), 0, keepdims=False)),)
