@@ -64,8 +64,8 @@ def choose(situation: Situation) -> Choice:
     best: tuple[float, int, int] | None = None
     chosen: Choice | None = None
     for axes in _candidates(situation):
-        for flow, reduction in _flows(situation, axes):
-            choice = _evaluate(situation, axes, flow, reduction)
+        for flow in _flows(situation, axes):
+            choice = _evaluate(situation, axes, flow)
             owed = sum(len(s.partial) for s in choice.ins)
             split = situation.mesh.size(a for part in axes for a in part)
             score = (choice.wire_bytes + _work(situation, axes), -split, -owed)
@@ -189,12 +189,9 @@ def _one_reduction(rule: FactorRule, split: tuple[Axes, ...]) -> tuple[Axes, ...
     )
 
 
-NOTHING: tuple[Axes, ...] = ()
-
-
-def _flows(situation: Situation, axes: tuple[Axes, ...]) -> Iterator[tuple[dict[int, Axes], str]]:
-    """Which operands may stay partial through the op: none, or one linear group of them."""
-    yield {}, "sum"
+def _flows(situation: Situation, axes: tuple[Axes, ...]) -> Iterator[dict[int, Axes]]:
+    """Which operands may still owe sums after the op: none, or one linear group of them."""
+    yield {}
     used = {a for part in axes for a in part}
     reduced = {
         kind
@@ -211,19 +208,17 @@ def _flows(situation: Situation, axes: tuple[Axes, ...]) -> Iterator[tuple[dict[
             free = tuple(a for a in have if a not in used)
             owed = free if owed is None else tuple(a for a in owed if a in free)
         if owed:
-            yield dict.fromkeys(group, owed), "sum"
+            yield dict.fromkeys(group, owed)
 
 
-def _evaluate(
-    situation: Situation, axes: tuple[Axes, ...], flow: dict[int, Axes], reduction: str
-) -> Choice:
+def _evaluate(situation: Situation, axes: tuple[Axes, ...], flow: dict[int, Axes]) -> Choice:
     rule, mesh = situation.rule, situation.mesh
     cost = 0.0
     ins: list[Sharding] = []
     for i, (dims, (shape, dtype), have) in enumerate(
         zip(rule.ins, situation.in_types, situation.have, strict=True)
     ):
-        needs = Sharding(required(dims, axes), _in_order(flow.get(i, ()), mesh), reduction)
+        needs = Sharding(required(dims, axes), _in_order(flow.get(i, ()), mesh))
         if have:
             cost += min(
                 reshard_cost(shape, dtype, mesh, s, needs) for s in have if _reaches(s, needs)

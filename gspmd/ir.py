@@ -150,6 +150,18 @@ def _walk(program: Program, trips: int) -> Iterator[tuple[Op, int]]:
                 yield from _walk(body, -1 if trips < 0 or inner < 0 else trips * inner)
 
 
+def next_id(program: Program) -> int:
+    """The first id that no value of `program` has, bodies included."""
+    defined = (
+        *program.ins,
+        *(value for value, _ in program.consts),
+        *(value for op, _ in program.walk() for value in op.outs),
+        *(v for op, _ in program.walk() for body in op.bodies for v in body.ins),
+        *(v for op, _ in program.walk() for body in op.bodies for v, _ in body.consts),
+    )
+    return max((value.id for value in defined), default=0) + 1
+
+
 def values_of(operands: tuple[Operand, ...]) -> tuple[Value, ...]:
     """The operands that are values, in order."""
     return tuple(x for x in operands if isinstance(x, Value))

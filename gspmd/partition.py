@@ -29,6 +29,7 @@ from gspmd.ir import (
     Program,
     Source,
     Value,
+    next_id,
     values_of,
 )
 from gspmd.reshard import Step, permutation, reshard_steps
@@ -54,7 +55,7 @@ def partition(
     Raises:
       StrictError: with `strict`, when an op can only run gathered.
     """
-    state = _Partitioner(shardings, mesh, _count_uses(program), itertools.count(_next_id(program)))
+    state = _Partitioner(shardings, mesh, _count_uses(program), itertools.count(next_id(program)))
     ins = tuple(state.local_value(v, shardings[v]) for v in program.ins)
     outs = tuple(shardings[x] if isinstance(x, Value) else None for x in program.outs)
     made = _Scope(state).run(program, ins, outs, [f"output {i}" for i in range(len(outs))])
@@ -68,17 +69,6 @@ def partition(
             "Leave these dims unsplit, register a rule (gspmd.register_rule), or drop strict."
         )
     return Partitioned(made, findings)
-
-
-def _next_id(program: Program) -> int:
-    top = 0
-    stack = [program]
-    while stack:
-        p = stack.pop()
-        for value in (*p.ins, *(v for v, _ in p.consts), *(v for op in p.ops for v in op.outs)):
-            top = max(top, value.id)
-        stack += [body for op in p.ops for body in op.bodies]
-    return top + 1
 
 
 def _count_uses(program: Program) -> collections.Counter[Value]:

@@ -10,7 +10,7 @@ from jax import tree_util
 from gspmd.arguments import function_name, positions
 from gspmd.errors import SpecError
 from gspmd.findings import unbounded
-from gspmd.ir import Op, Program, Value, verify
+from gspmd.ir import Op, Program, Value, next_id, verify
 from gspmd.optimize import optimize
 from gspmd.partition import partition
 from gspmd.plan import Plan
@@ -143,7 +143,7 @@ def _with_outputs(traced: Traced, out_specs: Any, mesh: Mesh, rules: Rules | Non
     """The program with a `constraint` op for each output, open where nobody fixed it."""
     program = traced.program
     specs = spec_tree(out_specs, traced.out_tree, "out_specs")
-    ids = max((v.id for v in _all_values(program)), default=0)
+    first = next_id(program)
     ops: list[Op] = []
     outs: list[Value] = []
     rows = zip(program.outs, specs, traced.out_constraints, traced.out_names, strict=True)
@@ -151,7 +151,7 @@ def _with_outputs(traced: Traced, out_specs: Any, mesh: Mesh, rules: Rules | Non
         rank = len(x.shape)
         given = resolve(spec, rank, mesh, rules, f"out_specs for {name}")
         dims = given if given is not None else own if own is not None else (None,) * rank
-        out = Value(ids + 1 + i, x.shape, x.dtype, name)
+        out = Value(first + i, x.shape, x.dtype, name)
         params = {"dims": dims, "label": f"the spec of output {name}", "spec": ""}
         ops.append(Op("constraint", (x,), (out,), params, call=_identity))
         outs.append(out)
@@ -160,15 +160,6 @@ def _with_outputs(traced: Traced, out_specs: Any, mesh: Mesh, rules: Rules | Non
 
 def _identity(x: Any, **_: Any) -> Any:
     return x
-
-
-def _all_values(program: Program) -> list[Value]:
-    values = [*program.ins, *(v for v, _ in program.consts)]
-    for op in program.ops:
-        values += op.outs
-        for body in op.bodies:
-            values += _all_values(body)
-    return values
 
 
 def _at_boundary(sharding: Sharding, mesh: Mesh) -> Sharding:
