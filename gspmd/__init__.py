@@ -17,7 +17,7 @@ from gspmd.partitioned import Partitioned, partition
 from gspmd.plan import Collective, Plan
 from gspmd.planner import plan
 from gspmd.reshard import ReshardPlan, reshard_plan
-from gspmd.rules.factor import register_rule
+from gspmd.rules.register import register_rule
 from gspmd.uneven import Uneven
 
 __all__ = [

@@ -4,6 +4,7 @@ A release of JAX that moves them changes this file only.
 """
 
 import dataclasses
+import importlib
 import os
 import sys
 import sysconfig
@@ -141,6 +142,52 @@ def bind(primitive: Any) -> Callable[..., Any]:
         return primitive.bind(*args, **primitive.get_bind_params(params))
 
     return call
+
+
+def run_jaxpr(closed: Any, *args: Any) -> list[Any]:
+    """The results of a closed jaxpr, such as a primitive holds of a user's function.
+
+    On whatever mesh the caller runs: JAX's own interpreter insists on that of the tracing.
+    """
+    jaxpr = closed.jaxpr
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
+
+    def read(x: Any) -> Any:
+        return x.val if hasattr(x, "val") else values[x]
+
+    for eqn in jaxpr.eqns:
+        operands = [read(x) for x in eqn.invars]
+        if eqn.primitive.name in ("jit", "pjit"):
+            outs = run_jaxpr(eqn.params["jaxpr"], *operands)
+        else:
+            outs = bind(eqn.primitive)(*operands, **eqn.params)
+        many = eqn.primitive.multiple_results
+        values.update(zip(eqn.outvars, outs if many else [outs], strict=True))
+    return [read(x) for x in jaxpr.outvars]
+
+
+def generator_primitive(name: str) -> Any:
+    """The primitive that hashes keys and counters for the generator `name`, `philox2x32` say.
+
+    None where this JAX lacks it. Of these, JAX makes public that of `threefry2x32` only.
+    """
+    try:
+        module = importlib.import_module(f"jax._src.random.{name}")
+    except ImportError:
+        return None
+    return getattr(module, f"{name}_p", None)
+
+
+def gamma_of_key() -> Any:
+    """The function `(key, alpha, *, log_space)` that draws one gamma variate; None if it moved."""
+    for name in ("jax._src.random.core", "jax._src.random"):
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        if hasattr(module, "_gamma_one"):
+            return module._gamma_one
+    return None
 
 
 def _plain(qualified: str) -> str:

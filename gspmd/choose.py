@@ -11,12 +11,14 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from gspmd.ir import Literal, Op, Operand, Value
 from gspmd.propagate import project
 from gspmd.reshard import reshard_cost
-from gspmd.rules.factor import REDUCTIONS, Dims, FactorRule
+from gspmd.rules.build import Builder
+from gspmd.rules.factor import REDUCTIONS, RULES, Dims, FactorRule, Split
 from gspmd.sharding import Axes, Mesh, Sharding, itemsize
 
 FLOPS_PER_WIRE_BYTE = 1000.0
@@ -56,6 +58,7 @@ class Situation:
     goals: tuple[Sharding, ...]
     lasts: tuple[bool, ...]
     mesh: Mesh
+    op: Op | None  # where the rule has exchanged factors, whose price depends on the op
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -66,6 +69,8 @@ def choose(situation: Situation) -> Choice:
     for axes in _candidates(situation):
         for flow in _flows(situation, axes):
             choice = _evaluate(situation, axes, flow)
+            if choice is None:
+                continue
             owed = sum(len(s.partial) for s in choice.ins)
             split = situation.mesh.size(a for part in axes for a in part)
             score = (choice.wire_bytes + _work(situation, axes), -split, -owed)
@@ -78,10 +83,18 @@ def choose(situation: Situation) -> Choice:
 def _work(situation: Situation, axes: tuple[Axes, ...]) -> float:
     """The op's loop nest on one device, in bytes that could be sent in the same time."""
     rule, mesh = situation.rule, situation.mesh
+    held = _operand_factors(rule)
     nest = math.prod(
-        -(-size // mesh.size(part)) for size, part in zip(rule.sizes, axes, strict=True)
+        -(-size // mesh.size(part))
+        for f, (size, part) in enumerate(zip(rule.sizes, axes, strict=True))
+        if f in held or rule.kinds[f] != "whole"  # the dims of a result that mirror an operand's
     )
     return 2 * nest / FLOPS_PER_WIRE_BYTE
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _operand_factors(rule: FactorRule) -> frozenset[int]:
+    return frozenset(f for dims in rule.ins for factors in dims for f in factors)
 
 
 def required(dims: Dims, axes: tuple[Axes, ...]) -> tuple[Axes, ...]:
@@ -108,12 +121,55 @@ def _candidates(situation: Situation) -> list[tuple[Axes, ...]]:
         rest = split[:i] + split[i + 1 :]
         found[_merge(rule, [lead, *rest], mesh)] = None
         found[_merge(rule, [lead], mesh)] = None
+    for axes in list(found):  # what a reduction costs may be more than whole operands do
+        found[_unreduced(rule, axes)] = None
+    if rule.exchanged or "whole" in rule.kinds:
+        hard = _hard_axes(rule, split)
+        for axes in list(found) if hard else ():
+            for other in _moved(rule, axes, hard, mesh):
+                found[other] = None
     owed = {a for have in situation.have for sharding in have for a in sharding.partial}
     if owed or not found:
         # A sum can only stay owed over axes that split nothing.
         for axes in [*found, ((),) * len(rule.sizes)]:
             found[_without(rule, axes, owed, mesh)] = None
     return list(found)
+
+
+def _unreduced(rule: FactorRule, axes: tuple[Axes, ...]) -> tuple[Axes, ...]:
+    """`axes` with the reduced factors whole, so that nothing is owed."""
+    return tuple(
+        () if kind in REDUCTIONS else part for kind, part in zip(rule.kinds, axes, strict=True)
+    )
+
+
+def _hard_axes(rule: FactorRule, proposals: list[tuple[Dims, tuple[Axes, ...]]]) -> Axes:
+    """The axes that somebody proposes for a dim which it is hard to split, or impossible."""
+    return tuple(
+        dict.fromkeys(
+            axis
+            for dims, shards in proposals
+            for factors, axes in zip(dims, shards, strict=True)
+            if any(rule.kinds[f] == "whole" or f in rule.exchanged for f in factors)
+            for axis in axes
+        )
+    )
+
+
+def _moved(
+    rule: FactorRule, axes: tuple[Axes, ...], hard: Axes, mesh: Mesh
+) -> Iterator[tuple[Axes, ...]]:
+    """`axes` with those on hard dims dropped, or moved together to a factor that can be split."""
+    easy = tuple(() if f in rule.exchanged else part for f, part in enumerate(axes))
+    yield easy
+    used = {axis for part in easy for axis in part}
+    freed = tuple(axis for axis in hard if axis not in used)
+    compound = _compound(rule)
+    for f, kind in enumerate(rule.kinds):
+        if kind == "whole" or f in compound:
+            continue
+        if freed and mesh.size((*easy[f], *freed)) <= rule.sizes[f]:
+            yield _one_reduction(rule, (*easy[:f], (*easy[f], *freed), *easy[f + 1 :]))
 
 
 def _without(
@@ -192,6 +248,8 @@ def _one_reduction(rule: FactorRule, split: tuple[Axes, ...]) -> tuple[Axes, ...
 def _flows(situation: Situation, axes: tuple[Axes, ...]) -> Iterator[dict[int, Axes]]:
     """Which operands may still owe sums after the op: none, or one linear group of them."""
     yield {}
+    if exchanges(situation.rule, axes):
+        return
     used = {a for part in axes for a in part}
     reduced = {
         kind
@@ -203,6 +261,8 @@ def _flows(situation: Situation, axes: tuple[Axes, ...]) -> Iterator[dict[int, A
     for group in situation.rule.linear:
         owed: Axes | None = None
         for i in group:
+            if not situation.have[i] and situation.lasts[i]:
+                continue  # it is made for this op: one device of a group makes it, the others zeros
             sums = [s.partial for s in situation.have[i] if s.partial and s.reduction == "sum"]
             have = sums[0] if sums and situation.lasts[i] else ()
             free = tuple(a for a in have if a not in used)
@@ -211,7 +271,7 @@ def _flows(situation: Situation, axes: tuple[Axes, ...]) -> Iterator[dict[int, A
             yield dict.fromkeys(group, owed)
 
 
-def _evaluate(situation: Situation, axes: tuple[Axes, ...], flow: dict[int, Axes]) -> Choice:
+def _evaluate(situation: Situation, axes: tuple[Axes, ...], flow: dict[int, Axes]) -> Choice | None:
     rule, mesh = situation.rule, situation.mesh
     cost = 0.0
     ins: list[Sharding] = []
@@ -238,7 +298,37 @@ def _evaluate(situation: Situation, axes: tuple[Axes, ...], flow: dict[int, Axes
         made = Sharding(required(dims, axes), _in_order(partial, mesh), kind)
         cost += reshard_cost(shape, dtype, mesh, made, goal)
         outs.append(made)
-    return Choice(axes, tuple(ins), tuple(outs), cost)
+    choice = Choice(axes, tuple(ins), tuple(outs), cost)
+    if not exchanges(rule, axes):
+        return choice
+    assert situation.op is not None
+    sent = exchange(situation.op, choice, mesh, itertools.count())
+    return sent and dataclasses.replace(choice, wire_bytes=cost + sent[0].wire_bytes)
+
+
+def exchanges(rule: FactorRule, axes: tuple[Axes, ...]) -> bool:
+    """Whether `axes` split a factor whose pieces need entries of each other."""
+    return any(axes[f] for f in rule.exchanged)
+
+
+def exchange(
+    op: Op, choice: Choice, mesh: Mesh, ids: "itertools.count[int]", ins: Sequence[Operand] = ()
+) -> tuple[Builder, Sequence[Value]] | None:
+    """The local form of `op` where it exchanges entries, and its results; None if there is none.
+
+    Without local operands `ins` it is made for its price alone.
+    """
+    partition = RULES[op.name].partition
+    assert partition is not None, f"{op.name} has exchanged factors, but nothing partitions them"
+    split = Split.of(op, mesh, choice.axes, choice.ins, choice.outs)
+    if not ins:
+        ins = [
+            x if isinstance(x, Literal) else Value(next(ids), shape, x.dtype)
+            for x, shape in zip(op.ins, split.in_shapes, strict=True)
+        ]
+    builder = Builder(mesh, op, split, ids)
+    outs = partition(builder, op, split, ins)
+    return None if outs is None else (builder, outs)
 
 
 def _in_order(axes: Collection[str], mesh: Mesh) -> Axes:

@@ -165,8 +165,10 @@ def _extremum_jvp(
 def _all_to_all(
     x: jax.Array, *, target: Target, axes: Axes, split_dim: int, concat_dim: int
 ) -> tuple[jax.Array, ...]:
-    del target  # both take several axes
     x, restore = _as_bytes(x)
+    if target == "simulated":
+        # It takes several axes as well, but JAX's rule for vmap errs on what is mapped over none.
+        x = jnp.where(lax.axis_index(axes) >= 0, x, x)
     if 0 in x.shape:
         params = {"split_dim": split_dim, "concat_dim": concat_dim}
         return (restore(jnp.zeros(_exchanged(x.shape, lax.axis_size(axes), params), x.dtype)),)
@@ -174,9 +176,18 @@ def _all_to_all(
 
 
 def _collective_permute(
-    x: jax.Array, *, target: Target, src: Axes, dst: Axes
+    x: jax.Array,
+    *,
+    target: Target,
+    src: Axes = (),
+    dst: Axes = (),
+    axes: Axes = (),
+    pairs: Sequence[tuple[int, int]] = (),
 ) -> tuple[jax.Array, ...]:
+    """Blocks go from one order of the axes to another, or from one device to another by `pairs`."""
     x, restore = _as_bytes(x)
+    if axes:
+        return (restore(_permute_pairs(x, target, axes, pairs)),)
     if target == "devices":
         # JAX wants the axes in the order of the mesh, and numbers the devices by that.
         axes = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in src)
@@ -188,9 +199,30 @@ def _collective_permute(
         )
         pairs = list(zip(senders, receivers, strict=True))
         return (restore(lax.ppermute(x, axes, pairs)),)
-    # Everyone sees all blocks in the order of `src` and picks its own; under vmap that is a gather.
+    # As above, with the blocks in the order of `src`.
     (blocks,) = _all_gather(x[None], target=target, axes=src, dim=0)
     return (restore(lax.dynamic_index_in_dim(blocks, lax.axis_index(dst), 0, keepdims=False)),)
+
+
+def _permute_pairs(
+    x: jax.Array, target: Target, axes: Axes, pairs: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """What the sender of each (sender, receiver) holds, by their index over `axes`; else zeros."""
+    if 0 in x.shape:
+        return x
+    if target == "devices":
+        names = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in axes)
+        device = np.arange(lax.axis_size(axes)).reshape([lax.axis_size(axis) for axis in names])
+        number = device.transpose([names.index(axis) for axis in axes]).ravel().tolist()
+        return lax.ppermute(x, names, [(number[s], number[r]) for s, r in pairs])
+    # Under vmap JAX permutes all devices or none: everyone sees all blocks and picks its own.
+    sender = np.full(lax.axis_size(axes), -1)
+    for s, r in pairs:
+        sender[r] = s
+    (blocks,) = _all_gather(x[None], target=target, axes=axes, dim=0)
+    mine = jnp.asarray(sender)[lax.axis_index(axes)]
+    block = lax.dynamic_index_in_dim(blocks, jnp.maximum(mine, 0), 0, keepdims=False)
+    return jnp.where(mine >= 0, block, np.zeros((), x.dtype))
 
 
 def _as_bytes(x: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:

@@ -94,9 +94,15 @@ def _remat(op: Op, args: list[Any], target: Target) -> Sequence[Any]:
     return run(*args)
 
 
+def _shard_map(op: Op, args: list[Any], target: Target) -> Sequence[Any]:
+    (body,) = op.bodies  # every device is in it already
+    return evaluate(body, args, target)
+
+
 _CONTROL: dict[str, Callable[[Op, list[Any], Target], Sequence[Any]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
     "remat": _remat,
+    "shard_map": _shard_map,
 }

@@ -55,10 +55,12 @@ def why_collective(op: Op, context: Context) -> str:
 
 def _why(op: Op, context: Context) -> str:
     if op.cause is None:
-        return "  the program asks for it"
+        return f"  the program asks for it (manual region at {op.source})"
     cause, axes = op.cause, op.params.get("axes") or op.params["src"]
     value = cause.value
     have = show_type(value.shape, value.dtype, cause.src)
+    if cause.src == cause.dst and cause.consumer is not None:
+        return "\n".join(_exchanged(cause, cause.consumer, axes, context))
     needs = show_type(value.shape, value.dtype, cause.dst)
     lines = [f"  {_called(value, context)} is {have}; {_needed_by(cause)} needs {needs}"]
     for axis in axes:
@@ -68,6 +70,19 @@ def _why(op: Op, context: Context) -> str:
             lines += _held(value, cause.src, axis, context)
         lines += _wanted(cause, axis, context)
     return "\n".join(dict.fromkeys(lines))
+
+
+def _exchanged(cause: Cause, op: Op, axes: Sequence[str], context: Context) -> list[str]:
+    """Why the shards of an op's operand need each other's entries."""
+    value = cause.value
+    have = show_type(value.shape, value.dtype, cause.src)
+    lines = [
+        f"  {_called(value, context)} is {have}; {_needed_by(cause)} keeps it so, and its shards "
+        "need entries of each other"
+    ]
+    for axis in axes:
+        lines += _held(value, cause.src, axis, context)
+    return [*lines, f"  its rule is {factor_rule(op)}"]
 
 
 def chain(place: Place, context: Context) -> str:

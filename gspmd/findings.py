@@ -1,13 +1,14 @@
 """Finding: what a user should know about a plan although nothing is wrong with its values."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Sequence
 
 from gspmd.choose import Choice
 from gspmd.ir import COLLECTIVES, Op, Program, Source
 from gspmd.reshard import reshard_cost
 from gspmd.rules.factor import RULES, FactorRule
-from gspmd.sharding import Mesh, Sharding, show_axes
+from gspmd.sharding import Mesh, Sharding, itemsize, show_axes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ def gathered(
             for sharding in able
             for factors, held in zip(dims, sharding.dims, strict=True)
             for axis in held
-            if any(rule.kinds[f] == "whole" for f in factors)
+            if axis not in needs.axes and any(_is_hard(rule, f) for f in factors)
         ]
         if lost:
             axes.update(dict.fromkeys(lost))
@@ -54,9 +55,49 @@ def gathered(
     else:
         code, why = (
             "no-rule",
-            f"{op.name}{where} has no factor rule, so it runs whole on every device",
+            f"{op.name}{where} has no factor rule, so it runs whole on every device"
+            + (", with its side effect" if op.effects else ""),
         )
     return Finding(code, f"{why}: {moved:,.0f} bytes per device gathered", op.source, moved)
+
+
+def _is_hard(rule: FactorRule, factor: int) -> bool:
+    """Whether a factor is whole, or split at a price, for want of a better strategy."""
+    return (rule.kinds[factor] == "whole" or factor in rule.exchanged) and factor not in rule.copied
+
+
+GENERATORS = ("random_bits", "random_gamma", "random_split", "rng_bit_generator", "rng_uniform")
+
+
+def generated_whole(
+    op: Op, made: Sharding, wanted: Collection[Sharding], mesh: Mesh
+) -> Finding | None:
+    """The finding that devices draw random numbers of which each keeps a part, if they do.
+
+    The numbers of `op` come out as `made`; `wanted` are the shardings that propagation gave them,
+    and those of the operands.
+    """
+    axes = dict.fromkeys(axis for sharding in wanted for axis in sharding.axes)
+    lost = tuple(axis for axis in axes if axis not in made.axes)
+    if op.name not in GENERATORS or not lost:
+        return None
+    out = op.outs[-1]
+    drawn = math.prod(made.local_shape(out.shape, mesh)) * itemsize(out.dtype)
+    kept = drawn / mesh.size(lost)
+    where = f" at {op.source}" if op.source else ""
+    message = (
+        f"{op.name}{where} draws with {_generator(op)}, whose numbers come in one piece: over "
+        f"{show_axes(lost)} each device draws {drawn:,.0f} bytes, {drawn - kept:,.0f} beyond its "
+        "shard, and sends none"
+    )
+    return Finding("generated-whole", message, op.source)
+
+
+def _generator(op: Op) -> str:
+    """The random number generator of `op`, as JAX calls it."""
+    names = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
+    dtype = str(op.ins[0].dtype) if op.ins else ""
+    return names.get(dtype, dtype if dtype.startswith("key<") else "XLA's own generator")
 
 
 def unbounded(program: Program) -> tuple[Finding, ...]:
@@ -70,3 +111,20 @@ def unbounded(program: Program) -> tuple[Finding, ...]:
         for op, trips in program.walk()
         if trips < 0 and op.name in COLLECTIVES
     )
+
+
+def unchecked(program: Program) -> tuple[Finding, ...]:
+    """A finding for each primitive whose rule is a user's and cannot be tried.
+
+    Raises:
+      RuleError: it can, and is wrong.
+    """
+    found: dict[str, Finding] = {}
+    for op, _ in program.walk():
+        check = RULES[op.name].check if op.name in RULES else None
+        if check is None or op.name in found or not (reason := check(op)):
+            continue
+        where = f" at {op.source}" if op.source else ""
+        message = f"the rule of {op.name}{where} is taken on trust: it does not run here ({reason})"
+        found[op.name] = Finding("unchecked-rule", message, op.source)
+    return tuple(found.values())

@@ -34,10 +34,14 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
-    """What a local value is a shard of: the logical shape and how that is split."""
+    """What a local value is a shard of: the logical shape and how that is split.
+
+    `of` is the id of the global program's value, where it is one.
+    """
 
     shape: tuple[int, ...]
     sharding: Sharding
+    of: int | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

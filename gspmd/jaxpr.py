@@ -1,7 +1,7 @@
 """make_jaxpr(fn, arguments): what JAX makes of a function, under the mesh context that it needs."""
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,11 @@ from gspmd.sharding import Axes, Mesh
 
 
 def make_jaxpr(
-    fn: Callable[..., Any], arguments: Arguments, mesh: Mesh, sources: Sources
+    fn: Callable[..., Any],
+    arguments: Arguments,
+    mesh: Mesh,
+    sources: Sources,
+    devices: jax.sharding.Mesh | None = None,
 ) -> tuple[Any, Any]:
     """The closed jaxpr of `fn` over the leaves of `arguments`, and its results' ShapeDtypeStructs.
 
@@ -41,8 +45,9 @@ def make_jaxpr(
     typed = [_typed(x, leaf, explicit) for x, leaf in zip(plain, arguments.leaves, strict=True)]
     none = AbstractMesh((), ())
     auto = AbstractMesh(*_sizes_and_names(mesh), axis_types=(AxisType.Auto,) * len(mesh.axes))
-    if _fits(ambient, mesh, AxisType.Auto):
-        auto = ambient
+    for known in (ambient, *(() if devices is None else (devices.abstract_mesh,))):
+        if _fits(known, mesh, AxisType.Auto):
+            auto = known  # one mesh for with_sharding_constraint and shard_map alike
     errors: list[Exception] = []
     for context, avals in ((auto, plain), (none, plain), (explicit, typed)):
         try:
@@ -53,6 +58,8 @@ def make_jaxpr(
                     f"{function_name(fn)} uses a value that escaped from a function traced "
                     "earlier, by way of a global or a list; return it from there, and pass it."
                 )
+            if context is auto and any(map(_is_interpreted, _equations(closed.jaxpr))):
+                return _without_mesh(flat, plain, closed, shapes)
             return closed, shapes
         except GspmdError:
             raise
@@ -66,8 +73,46 @@ def make_jaxpr(
     is_typed = _fits(ambient, mesh, AxisType.Explicit) or any(
         is_explicit(sharding_of(leaf)) for leaf in arguments.leaves
     )
-    error = errors[-1 if is_typed else 0]
+    untyped = [e for e in errors[:2] if "the mesh passed to shard_map" not in str(e)] or errors
+    error = errors[-1] if is_typed else untyped[0]
     raise _trace_error(fn, error, sources) from error
+
+
+def _without_mesh(
+    flat: Callable[..., Any], avals: Sequence[Any], closed: Any, shapes: Any
+) -> tuple[Any, Any]:
+    """The jaxpr traced again where there is no mesh, if that loses no annotation.
+
+    A kernel that is interpreted runs where all mesh axes are manual; it must not have been traced
+    where they are not.
+    """
+    with _mesh_context(AbstractMesh((), ())):
+        try:
+            bare, shapes_again = jax.make_jaxpr(flat, return_shape=True)(*avals)
+        except Exception:  # something in the function needs the mesh
+            return closed, shapes
+
+    def annotations(jaxpr: Any) -> int:
+        return sum(eqn.primitive.name == "sharding_constraint" for eqn in _equations(jaxpr))
+
+    if annotations(bare.jaxpr) < annotations(closed.jaxpr):
+        return closed, shapes
+    return bare, shapes_again
+
+
+def _is_interpreted(eqn: Any) -> bool:
+    return eqn.primitive.name == "pallas_call" and bool(eqn.params["interpret"])
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation, those of inner jaxprs included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for param in eqn.params.values():
+            for inner in param if isinstance(param, tuple) else (param,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
 
 
 def _checked(results: Any, fn: Callable[..., Any]) -> Any:
@@ -189,6 +234,12 @@ def with_one_predicate(eqn: Any) -> tuple[dict[str, Any], list[int]]:
     params["body_jaxpr"] = jax.make_jaxpr(unless_done)(*avals)
     params["body_nconsts"] = n + m
     return params, [*range(n), *range(len(avals))]  # the body tests, so it needs those consts too
+
+
+def reshaping(fn: Callable[[Any], Any], shape: Sequence[int], dtype: Any) -> Any:
+    """The closed jaxpr of `fn` on an array, whatever mesh the caller is in."""
+    with _mesh_context(AbstractMesh((), ())):
+        return jax.make_jaxpr(fn)(jax.ShapeDtypeStruct(tuple(shape), dtype))
 
 
 def sharding_of(leaf: Any) -> Any:

@@ -17,9 +17,9 @@ from typing import Any
 from jax.extend.core import primitives
 
 from gspmd import local
-from gspmd.choose import Choice, Situation, choose, required
+from gspmd.choose import Choice, Situation, choose, exchange, exchanges, required
 from gspmd.errors import StrictError
-from gspmd.findings import Finding, gathered
+from gspmd.findings import Finding, gathered, generated_whole
 from gspmd.ir import (
     Cause,
     Layout,
@@ -34,8 +34,9 @@ from gspmd.ir import (
 )
 from gspmd.reshard import Step, permutation, reshard_steps
 from gspmd.rules import factor_rule
-from gspmd.rules.control import CONTROL, Tie, ties
+from gspmd.rules.control import CONTROL, accumulators, ties
 from gspmd.rules.factor import REDUCTIONS, RULES, FactorRule, Split
+from gspmd.rules.manual import bodies_on
 from gspmd.sharding import Axes, Mesh, Sharding
 
 
@@ -93,6 +94,10 @@ class _Partitioner:
     ids: "itertools.count[int]"
     findings: list[Finding] = dataclasses.field(default_factory=list[Finding])
 
+    def find(self, finding: Finding | None) -> None:
+        if finding is not None:
+            self.findings.append(finding)
+
     def local_value(self, value: Value, sharding: Sharding) -> Value:
         """A new local value: the shard of `value` under `sharding`."""
         return Value(
@@ -100,7 +105,7 @@ class _Partitioner:
             sharding.local_shape(value.shape, self.mesh),
             value.dtype,
             value.name,
-            Layout(value.shape, sharding),
+            Layout(value.shape, sharding, value.id),
         )
 
 
@@ -157,15 +162,17 @@ class _Scope:
                 self.versions[out] = {goal: self.want(x, goal, op, "the annotation")}
                 return
         rule = factor_rule(op)
-        if rule.free and len(op.outs) == 1 and op.name in RULES:
+        owes = any(s.partial for x in values_of(op.ins) for s in self.versions[x])
+        if rule.free and len(op.outs) == 1 and op.name in RULES and not owes:
             self.versions[op.outs[0]] = {}
             self.recipes[op.outs[0]] = (op, rule)
             return
         situation = self._situation(op, rule)
         choice = choose(situation)
-        finding = gathered(op, rule, choice, situation.have, self.mesh)
-        if finding is not None:
-            self.state.findings.append(finding)
+        self.state.find(gathered(op, rule, choice, situation.have, self.mesh))
+        if op.outs:
+            wanted = [situation.goals[-1], *(s for have in situation.have for s in have)]
+            self.state.find(generated_whole(op, choice.outs[-1], wanted, self.mesh))
         self._emit(op, rule, choice)
 
     def _situation(self, op: Op, rule: FactorRule) -> Situation:
@@ -178,6 +185,7 @@ class _Scope:
             tuple(state.shardings[x] for x in op.outs),
             tuple(isinstance(x, Value) and state.uses[x] == 1 for x in op.ins),
             self.mesh,
+            op if rule.exchanged else None,
         )
 
     def _emit(self, op: Op, rule: FactorRule, choice: Choice) -> None:
@@ -187,17 +195,22 @@ class _Scope:
             if rule.masked and isinstance(mine, Value):
                 mine = self._mask(op, rule, choice, i, mine)
             ins.append(mine)
+        if exchanges(rule, choice.axes):
+            outs = self._exchange(op, choice, ins)
+        else:
+            outs = self._emit_plain(op, choice, ins)
+        for x, made, mine in zip(op.outs, choice.outs, outs, strict=True):
+            self.versions[x] = {made: mine}
+            self.sources[x] = op.source
+            for axis in made.partial:
+                self.sums[x, axis] = self._summing(op, rule, choice, axis)
+
+    def _emit_plain(self, op: Op, choice: Choice, ins: Sequence[Operand]) -> Sequence[Value]:
+        """Emits `op` itself on its local operands."""
         outs = [
             self.state.local_value(x, made) for x, made in zip(op.outs, choice.outs, strict=True)
         ]
-        split = Split(
-            self.mesh,
-            choice.axes,
-            choice.ins,
-            choice.outs,
-            tuple(x.shape for x in ins),
-            tuple(x.shape for x in outs),
-        )
+        split = Split.of(op, self.mesh, choice.axes, choice.ins, choice.outs)
         params, call = op.params, op.call
         op_rule = RULES.get(op.name)
         if op_rule is not None and any(choice.axes):
@@ -208,11 +221,23 @@ class _Scope:
         self.ops.append(
             dataclasses.replace(op, ins=tuple(ins), outs=tuple(outs), params=params, call=call)
         )
-        for x, made, mine in zip(op.outs, choice.outs, outs, strict=True):
-            self.versions[x] = {made: mine}
-            self.sources[x] = op.source
-            for axis in made.partial:
-                self.sums[x, axis] = self._summing(op, rule, choice, axis)
+        return outs
+
+    def _exchange(self, op: Op, choice: Choice, ins: Sequence[Operand]) -> Sequence[Value]:
+        """Emits the local form of an op whose shards need each other's entries."""
+        emitted = exchange(op, choice, self.mesh, self.state.ids, ins)
+        assert emitted is not None, f"{op.name} was chosen in a form that it does not have"
+        builder, results = emitted
+        laid_out = {
+            mine: dataclasses.replace(mine, layout=Layout(x.shape, made, x.id))
+            for mine, x, made in zip(results, op.outs, choice.outs, strict=True)
+            if mine not in ins
+        }
+        for made in builder.ops:
+            outs = tuple(laid_out.get(x, x) for x in made.outs)
+            now = [laid_out.get(x, x) if isinstance(x, Value) else x for x in made.ins]
+            self.ops.append(dataclasses.replace(made, ins=tuple(now), outs=outs))
+        return [laid_out.get(x, x) for x in results]
 
     def _summing(self, op: Op, rule: FactorRule, choice: Choice, axis: str) -> Op:
         """The op to which a result of `op` owes the sum over `axis`: itself, or one before it."""
@@ -229,6 +254,8 @@ class _Scope:
             for f in factors:
                 axes, kind = choice.axes[f], rule.kinds[f]
                 if not axes or kind not in REDUCTIONS or n % self.mesh.size(axes) == 0:
+                    continue
+                if f in rule.exchanged:  # what the op fetches of a dim holds no padding
                     continue
                 if (x, dim, kind) not in self.masked:
                     out = dataclasses.replace(x, id=next(self.state.ids), name="")
@@ -255,6 +282,12 @@ class _Scope:
             for src in versions
             if set(needs.partial) <= set(src.partial)
         ]
+        if not plans:  # the sum has been paid: one device of each group keeps it
+            whole = self.want(x, needs.whole, consumer, role)
+            assert consumer is not None, "no sum crosses the program's boundary"
+            versions[needs] = self._owned(whole, needs, consumer)
+            self.sums |= {(x, axis): consumer for axis in needs.partial}
+            return versions[needs]
         plan = min(plans, key=lambda p: (p.wire_bytes, len(p.steps)))
         for step in plan.steps:
             if step.dst in versions:
@@ -272,6 +305,7 @@ class _Scope:
             if len(factors) == 1 and rule.kinds[factors[0]] != "whole":
                 axes[factors[0]] = wanted
         made = Sharding(required(rule.outs[0], tuple(axes)))
+        self.state.find(generated_whole(op, made, [needs], self.mesh))
         kept = dict(self.versions[x])
         if made in kept:
             return
@@ -342,7 +376,7 @@ class _Scope:
         self,
         name: str,
         call: Any,
-        x: Value,
+        x: Operand,
         out: Value,
         params: dict[str, Any],
         source: Source | None,
@@ -361,8 +395,8 @@ class _Scope:
         results = [whole(len(x.shape)) for x in op.outs]
         roles = [[f"{op.name}'s condition"] * len(body.outs) for body in op.bodies]
         for tie in ties(op):
-            dims = self._tied(op, tie)
-            outer = Sharding(((),) * tie.lead + dims)
+            dims = tie.split(op, self.state.shardings, self.mesh)
+            outer = tie.outside(dims, self.mesh)
             for b, i in tie.inputs:
                 inputs[b][i] = Sharding(dims)
             for b, i in tie.outputs:
@@ -376,26 +410,60 @@ class _Scope:
             self.want(x, goal, op, f"operand {i}")
             for i, (x, goal) in enumerate(zip(op.ins, operands, strict=True))
         ]
-        bodies = tuple(
-            _Scope(self.state).run(
-                body,
-                [self.state.local_value(v, s) for v, s in zip(body.ins, inputs[b], strict=True)],
-                outputs[b],
-                roles[b],
-                op,
-            )
-            for b, body in enumerate(op.bodies)
-        )
+        ran = self._run_bodies(op, inputs, outputs, roles)
+        late = [
+            (carry, owed, ran[0][0])
+            for carry in accumulators(op)
+            if (owed := ran[0][0].owed(carry.summands, outputs[0][carry.output].dims))
+        ]
+        if late:  # the bodies once more, with carries of which every device keeps its own summand
+            sums: dict[tuple[Value, str], Op] = {}
+            for carry, owed, scope in late:
+                made = dataclasses.replace(outputs[0][carry.output], partial=owed)
+                inputs[0][carry.input] = outputs[0][carry.output] = results[carry.output] = made
+                ins[carry.operand] = self._owned(ins[carry.operand], made, op)
+                for axis in owed:
+                    arises = scope.sums[carry.summands[0], axis]
+                    for x in (op.bodies[0].ins[carry.input], op.outs[carry.output]):
+                        sums[x, axis] = arises
+            ran = self._run_bodies(op, inputs, outputs, roles, sums)
+            self.sums |= sums
+        bodies = tuple(body for _, body in ran)
         outs = tuple(self.state.local_value(v, s) for v, s in zip(op.outs, results, strict=True))
         self.ops.append(dataclasses.replace(op, ins=tuple(ins), outs=outs, bodies=bodies))
         for value, sharding, mine in zip(op.outs, results, outs, strict=True):
             self.versions[value] = {sharding: mine}
 
-    def _tied(self, op: Op, tie: Tie) -> tuple[Axes, ...]:
-        """The split that the values of a tie agree on, leading dims outside the bodies left out."""
-        shardings = self.state.shardings
-        if tie.inputs:
-            body, i = tie.inputs[0]
-            return shardings[op.bodies[body].ins[i]].dims
-        assert tie.result is not None
-        return shardings[op.outs[tie.result]].dims[tie.lead :]
+    def _run_bodies(
+        self,
+        op: Op,
+        inputs: Sequence[Sequence[Sharding]],
+        outputs: Sequence[Sequence[Sharding]],
+        roles: Sequence[Sequence[str]],
+        sums: Mapping[tuple[Value, str], Op] = MappingProxyType({}),
+    ) -> list[tuple["_Scope", Program]]:
+        """The bodies of a control-flow op, partitioned, each with the scope it was done in."""
+        ran: list[tuple[_Scope, Program]] = []
+        for b, body in enumerate(bodies_on(op, self.mesh)):
+            scope = _Scope(self.state)
+            scope.sums |= sums
+            ins = [self.state.local_value(v, s) for v, s in zip(body.ins, inputs[b], strict=True)]
+            ran.append((scope, scope.run(body, ins, outputs[b], roles[b], op)))
+        return ran
+
+    def owed(self, summands: Sequence[Value], dims: tuple[Axes, ...]) -> Axes:
+        """The axes over which all `summands` owe a sum, apart from those that split `dims`."""
+        used = {axis for axes in dims for axis in axes}
+        common = [axis for axis in self.mesh.names if axis not in used]
+        for x in summands:
+            sums = {a for s in self.versions[x] if s.reduction == "sum" for a in s.partial}
+            common = [axis for axis in common if axis in sums]
+        return tuple(common)
+
+    def _owned(self, x: Operand, made: Sharding, consumer: Op) -> Value:
+        """A whole `x` as a sum that is owed: one device of a group has all, the others zeros."""
+        shape = x.shape if not isinstance(x, Value) or x.layout is None else x.layout.shape
+        out = self.state.local_value(Value(-1, shape, x.dtype), made)
+        params = {"axes": made.partial}
+        self._local_op("owner", local.owner, x, out, params, consumer.source, None)
+        return out

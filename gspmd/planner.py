@@ -9,7 +9,7 @@ from jax import tree_util
 
 from gspmd.arguments import function_name, positions
 from gspmd.errors import SpecError
-from gspmd.findings import unbounded
+from gspmd.findings import unbounded, unchecked
 from gspmd.ir import Op, Program, Value, next_id, verify
 from gspmd.optimize import optimize
 from gspmd.partition import partition
@@ -17,6 +17,7 @@ from gspmd.plan import Plan
 from gspmd.propagate import Propagated, propagate
 from gspmd.sharding import Axes, Constraint, Mesh, Sharding, root_axis
 from gspmd.specs import AnyMesh, Rules, check_rules, read_mesh, resolve, spec_tree
+from gspmd.splice import splice
 from gspmd.trace import Traced, trace
 
 
@@ -64,13 +65,15 @@ def plan(
         args,
         kwargs,
         mesh=logical,
+        devices=devices,
         rules=rules,
         static_argnums=static_argnums,
         donate_argnums=donate_argnums,
     )
     clock.lap("trace")
     fixed = _input_constraints(traced, in_specs, logical, rules)
-    model = _with_outputs(traced, out_specs, logical, rules)
+    model = splice(_with_outputs(traced, out_specs, logical, rules))
+    on_trust = unchecked(model)
     refined, done = _propagate(model, logical, fixed)
     clock.lap("propagate")
     shardings = dict(done.shardings)
@@ -82,7 +85,7 @@ def plan(
     program = optimize(verify(parted.program, refined), refined)
     clock.lap("optimize")
     static = positions(static_argnums, len(args), "static_argnums", fn)
-    findings = parted.findings + unbounded(program)
+    findings = on_trust + parted.findings + unbounded(program)
     return Plan(
         program=program,
         model=model,

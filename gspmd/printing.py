@@ -8,7 +8,7 @@ Numbers `#1`, `#2`, ... in front of collectives are those that `plan.why` takes.
 anew in order of appearance, so that equal programs print alike.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from gspmd.ir import COLLECTIVES, Op, Operand, Program, Value
@@ -19,6 +19,7 @@ SHOWN_PARAMS = (
     "concat_dim", "src", "dst", "reduction", "length", "k", "y", "bit_width",
 )  # fmt: skip
 AXES_PARAMS = ("src", "dst")
+MANY = 4  # pairs of devices shown of one permutation
 
 
 def show(program: Program, name: str = "program") -> str:
@@ -94,8 +95,19 @@ def _list(params: dict[str, Any]) -> str:
             value = show_axes(value)
         elif key == "new_dtype":
             value = show_dtype(value)
+        elif key == "pairs":
+            value = _pairs(value)
         shown.append(f"{key}={_plain(value)}")
     return f"[{' '.join(shown)}]" if shown else ""
+
+
+def _pairs(pairs: Sequence[tuple[int, int]]) -> str:
+    """`+1` where everyone sends to the next, else who sends to whom: `1>0,3>2`."""
+    distances = {receiver - sender for sender, receiver in pairs}
+    if len(distances) == 1:
+        return f"{distances.pop():+d}"
+    shown = [f"{sender}>{receiver}" for sender, receiver in pairs[:MANY]]
+    return ",".join(shown) + (",..." if len(pairs) > MANY else "")
 
 
 def _plain(value: Any) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from gspmd.ir import Op, Operand, Program, Source, Value
 from gspmd.rules import factor_rule
-from gspmd.rules.control import CONTROL, ties
+from gspmd.rules.control import CONTROL, manual_axes, manual_places, ties
 from gspmd.rules.factor import Dims, FactorRule
 from gspmd.sharding import Axes, Constraint, Mesh, Sharding, itemsize
 
@@ -136,14 +136,17 @@ class _Propagation:
         shardings = {value: Sharding(tuple(dims)) for value, dims in self.dims.items()}
         return Propagated(shardings, self.origins, tuple(self.refinements))
 
-    def _collect(self, program: Program) -> None:
+    def _collect(self, program: Program, manual: Axes = ()) -> None:
+        """Takes in a program that runs on shards along `manual`, which split nothing in it."""
         for value in (*program.ins, *(value for value, _ in program.consts)):
-            self._declare(value)
+            self._declare(value, manual)
         for op in program.ops:
             for value in op.outs:
-                self._declare(value)
+                self._declare(value, manual)
+            for value, dims in manual_places(op, self.mesh):
+                self._enter(op, value, dims)
             for body in op.bodies:
-                self._collect(body)
+                self._collect(body, (*manual, *manual_axes(op, self.mesh)))
             for edge in _edges(op):
                 for value in dict.fromkeys(tensor.value for tensor in edge.tensors):
                     self.edges_of[value].append(len(self.edges))
@@ -152,9 +155,17 @@ class _Propagation:
                 label = f"{op.params['label']} {op.params['spec']}".strip()
                 self._fix(op.outs[0], op.params["dims"], Origin("annotation", label, op.source))
 
-    def _declare(self, value: Value) -> None:
+    def _declare(self, value: Value, manual: Axes) -> None:
         self.dims[value] = [()] * len(value.shape)
-        self.used[value] = set()
+        self.used[value] = set(manual)
+
+    def _enter(self, op: Op, value: Value, dims: Sequence[Axes]) -> None:
+        """Splits an operand or result of a manual region as the region says, and no further."""
+        self.dims[value] = list(dims)
+        self.used[value].update(manual_axes(op, self.mesh))
+        for dim, axes in enumerate(dims):
+            for axis in axes:
+                self.origins[value, dim, axis] = Origin("annotation", op.name, op.source)
 
     def _fix(self, value: Value, constraint: Constraint, origin: Origin) -> None:
         self.closed[value] = tuple(axes is not None for axes in constraint)

@@ -39,7 +39,7 @@ def simulator(program: Program, mesh: Mesh) -> Callable[..., list[jax.Array]]:
     Each mesh axis is a `jax.vmap`, so that the number of devices is bounded by memory alone.
     """
     run = jax.jit(lambda *args: [copies[0] for copies in _copies(program, mesh, args)])
-    return lambda *args: run(*map(_on_one_device, args, program.ins))
+    return lambda *args: run(*map(on_one_device, args, program.ins))
 
 
 def replicas(
@@ -51,19 +51,34 @@ def replicas(
     uneven inputs holds NaN, or the largest number, in place of zeros: no output may show it.
     """
     run = jax.jit(lambda *args: _copies(program, mesh, args, poison))
-    return run(*map(_on_one_device, args, program.ins))
+    return run(*map(on_one_device, args, program.ins))
 
 
 def _copies(
     program: Program, mesh: Mesh, args: Sequence[Any], poison: bool = False
 ) -> list[jax.Array]:
+    outs = _stacked(program, mesh, args, poison)
+    return [join(x, _layout(out), mesh) for x, out in zip(outs, program.outs, strict=True)]
+
+
+def stacked(
+    program: Program, mesh: Mesh, args: Sequence[Any], poison: bool = False
+) -> Sequence[jax.Array]:
+    """What every device holds of each output, simulated: `out[i][*mesh, *local shape]`."""
+    run = jax.jit(lambda *args: _stacked(program, mesh, args, poison))
+    return run(*map(on_one_device, args, program.ins))
+
+
+def _stacked(
+    program: Program, mesh: Mesh, args: Sequence[Any], poison: bool
+) -> Sequence[jax.Array]:
     layouts = [_layout(value) for value in program.ins]
     split = [_split(x, at, mesh, poison) for x, at in zip(args, layouts, strict=True)]
     run: Callable[..., Any] = lambda *xs: tuple(evaluate(program, xs, "simulated"))  # noqa: E731
     for axis, size in reversed(mesh.axes):
         in_axes = tuple(0 if axis in at.sharding.axes else None for at in layouts)
         run = jax.vmap(run, in_axes, 0, axis_name=axis, axis_size=size)
-    return [_join(x, _layout(out), mesh) for x, out in zip(run(*split), program.outs, strict=True)]
+    return run(*split)
 
 
 def _layout(operand: Operand) -> Layout:
@@ -94,8 +109,8 @@ def _split(x: Any, at: Layout, mesh: Mesh, poison: bool) -> jax.Array:
     return restore(lax.pad(words, filler, widths).reshape(shape).transpose(order))
 
 
-def _join(x: jax.Array, at: Layout, mesh: Mesh) -> jax.Array:
-    """Undoes `_split` on `x[*mesh, *local shape]`: one global array per group of copies."""
+def join(x: jax.Array, at: Layout, mesh: Mesh) -> jax.Array:
+    """The global array per group of copies, `[group, *shape]`, of `x[*mesh, *local shape]`."""
     words, restore = as_words(x)
     rank, leading = len(at.shape), len(mesh.axes)
     order = [i for i, axis in enumerate(mesh.names) if axis not in at.sharding.axes]
@@ -114,7 +129,8 @@ def _poison(dtype: np.dtype) -> np.ndarray:
     return np.asarray(True if dtype == np.bool_ else jnp.iinfo(dtype).max, dtype)
 
 
-def _on_one_device(x: Any, value: Value) -> Any:
+def on_one_device(x: Any, value: Value) -> Any:
+    """The argument `x` for the input `value` of a program, as a single device takes it."""
     x = np.asarray(x) if isinstance(x, Uneven) else _typed(x, value)
     if isinstance(x, Tracer) or not isinstance(x, jax.Array) or not x.committed:
         return x
@@ -147,6 +163,25 @@ class Executable:
             x if x.shape == at.shape else Uneven(x, at.shape)
             for x, at in zip(outs, self._outs, strict=True)
         ]
+
+    def stacked(self, *args: Any) -> Sequence[jax.Array]:
+        """What every device holds of each output: `out[i][*mesh, *local shape]`."""
+
+        def held(*shards: jax.Array) -> tuple[jax.Array, ...]:
+            outs = evaluate(self.program, shards, "devices")
+            one = (1,) * len(self.mesh.axes)
+            return tuple(x.reshape(one + x.shape) for x in map(jnp.asarray, outs))
+
+        run = jax.shard_map(
+            held,
+            mesh=self._own,
+            in_specs=tuple(P(*at.sharding.dims) for at in self._ins),
+            out_specs=P(*self.mesh.names),
+            check_vma=False,
+        )
+        placed = [self._place(i, x) for i, x in enumerate(args)]
+        with jax.sharding.use_abstract_mesh(self._own.abstract_mesh):
+            return jax.jit(run)(*placed)
 
     def lower(self) -> jax.stages.Lowered:
         """The program for XLA; `lower().as_text()` shows it."""

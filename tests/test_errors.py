@@ -271,15 +271,15 @@ TRACES: dict[str, Case] = {
     "shard_map inside": (
         lambda: plan(
             lambda a: jax.shard_map(
-                double, mesh=devices(x=2, y=4), in_specs=P("x"), out_specs=P("x")
+                double, mesh=devices(x=4, y=2), in_specs=P("x"), out_specs=P("x")
             )(a),
             A,
         ),
-        ("the shard_map at ", "test_errors.py:", "call it outside"),
+        ("the shard_map at ", "test_errors.py:", "the mesh x=4, y=2", "call it outside"),
     ),
     "partition inside": (
-        lambda: plan(gspmd.partition(double, MESH), A),
-        ("gspmd.partition", "call it outside"),
+        lambda: plan(gspmd.partition(double, {"z": 2}), A),
+        ("the mesh z=2, and the plan is for", "call it outside"),
     ),
     "forward mode": (
         lambda: jax.jvp(gspmd.partition(double, MESH), (ONES,), (ONES,)),

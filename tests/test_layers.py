@@ -17,9 +17,18 @@ LAYERS = (
     ("gspmd.sharding",),
     ("gspmd.ir", "gspmd.specs"),
     ("gspmd._compat", "gspmd.arguments", "gspmd.local", "gspmd.printing", "gspmd.uneven"),
-    ("gspmd.call", "gspmd.collectives", "gspmd.jaxpr", "gspmd.rules"),
-    ("gspmd.annotate", "gspmd.evaluate", "gspmd.propagate", "gspmd.reshard", "gspmd.trace"),
-    ("gspmd.choose", "gspmd.explain", "gspmd.halo"),
+    ("gspmd.call", "gspmd.collectives", "gspmd.exchange", "gspmd.jaxpr"),
+    ("gspmd.rules",),
+    (
+        "gspmd.annotate",
+        "gspmd.convert",
+        "gspmd.evaluate",
+        "gspmd.propagate",
+        "gspmd.regions",
+        "gspmd.reshard",
+        "gspmd.trace",
+    ),
+    ("gspmd.choose", "gspmd.explain", "gspmd.rules.check", "gspmd.splice"),
     ("gspmd.findings",),
     ("gspmd.partition",),
     ("gspmd.optimize",),
@@ -31,10 +40,16 @@ LAYERS = (
     ("gspmd.testing",),
     ("gspmd",),
     ("gspmd.models", "gspmd.meshes"),
-    ("gspmd.cli", "gspmd.__main__"),
+    ("gspmd.cli", "gspmd.__main__", "pytest_gspmd"),
     ("examples", "benchmarks", "tests"),
 )
-DOORS = {"gspmd._compat", "gspmd.annotate", "gspmd.jaxpr", "gspmd.trace"}  # where jaxprs are met
+DOORS = {
+    "gspmd._compat",
+    "gspmd.annotate",
+    "gspmd.convert",
+    "gspmd.jaxpr",
+    "gspmd.trace",
+}  # where jaxprs are met
 PRIMITIVES = ("jax.extend.core.primitives", "jax.extend.random")  # whose names any module may use
 
 
@@ -52,7 +67,7 @@ def modules() -> dict[str, Path]:
                 continue
             name = ".".join((package, *parts)).removesuffix(".__init__")
             found[name] = path
-    return found
+    return found | {"pytest_gspmd": ROOT / "pytest_gspmd.py"}
 
 
 MODULES = modules()

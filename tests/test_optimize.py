@@ -8,7 +8,6 @@ import hypothesis
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn import Drawn, programs
 from jax import lax
 
 import gspmd
@@ -23,6 +22,7 @@ from gspmd.optimize.share import share
 from gspmd.partition import partition
 from gspmd.printing import show
 from gspmd.sharding import Axes, Mesh, Sharding, itemsize
+from gspmd.testing import DrawnProgram, programs
 
 X4 = Mesh((("x", 4),))
 F32 = np.dtype(np.float32)
@@ -243,7 +243,7 @@ def test_passes_reach_into_bodies() -> None:
     assert [(c.kind, c.trips) for c in plan.collectives] == [("all_reduce", 5)]
 
 
-def unoptimized(program: Drawn) -> tuple[gspmd.Plan, Program]:
+def unoptimized(program: DrawnProgram) -> tuple[gspmd.Plan, Program]:
     plan = gspmd.plan(
         program,
         *program.args,
@@ -256,7 +256,7 @@ def unoptimized(program: Drawn) -> tuple[gspmd.Plan, Program]:
 
 @hypothesis.given(programs())
 @hypothesis.settings(max_examples=25)
-def test_promises_on_drawn_programs(program: Drawn) -> None:
+def test_promises_on_drawn_programs(program: DrawnProgram) -> None:
     plan, raw = unoptimized(program)
     for apply in PASSES:
         keeps_its_promises(apply, raw, plan.mesh)
@@ -267,7 +267,7 @@ def test_promises_on_drawn_programs(program: Drawn) -> None:
 
 @hypothesis.given(programs(steps=5))
 @hypothesis.settings(max_examples=6)
-def test_values_are_kept_on_drawn_programs(program: Drawn) -> None:
+def test_values_are_kept_on_drawn_programs(program: DrawnProgram) -> None:
     plan, raw = unoptimized(program)
     before = run.simulate(raw, plan.mesh, program.args)
     after = run.simulate(plan.program, plan.mesh, program.args)

@@ -259,19 +259,21 @@ def test_repr_is_short(megatron: gspmd.Plan) -> None:
 
 
 def test_a_gathered_op_is_found_and_refused() -> None:
-    x = np.arange(32, dtype=np.float32).reshape(8, 4)
-    sort = lambda x: jnp.sort(x, axis=0)  # noqa: E731
-    plan = gspmd.plan(sort, x, mesh="x=2", in_specs=(P("x"),))
+    x = np.eye(8, dtype=np.float32) + 1
+    root = lambda x: jax.lax.linalg.cholesky(x, symmetrize_input=False)  # noqa: E731
+    plan = gspmd.plan(root, x, mesh="x=2", in_specs=(P("x"),))
     (finding,) = plan.findings
     assert finding.code == "gathered"
-    assert finding.bytes == 64
-    assert "sort" in finding.message
+    assert finding.bytes == 128
+    assert "cholesky" in finding.message
     assert AT.search(finding.message)
-    agrees(plan, sort, x)
-    with pytest.raises(StrictError, match=r"one op can only run on gathered operands:\n.*sort"):
-        gspmd.plan(sort, x, mesh="x=2", in_specs=(P("x"),), strict=True)
-    other = gspmd.plan(sort, x, mesh="x=2", in_specs=(P(None, "x"),), strict=True)
-    assert other.findings == ()
+    agrees(plan, root, x)
+    with pytest.raises(StrictError, match=r"one op can only run on gathered operands:\n.*cholesky"):
+        gspmd.plan(root, x, mesh="x=2", in_specs=(P("x"),), strict=True)
+    stack = np.stack([x] * 4)
+    rows = {"in_specs": (P(None, "x"),), "out_specs": P(None, "x")}
+    other = gspmd.plan(root, stack, mesh="x=4", **rows, strict=True)
+    assert other.findings == ()  # the split moves to the stack's dim
 
 
 def test_an_unknown_primitive_is_gathered() -> None:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn import Drawn, programs
 
 import gspmd
 from gspmd import P
@@ -18,11 +17,12 @@ from gspmd.ir import Value
 from gspmd.printing import show
 from gspmd.propagate import Propagated, propagate
 from gspmd.sharding import Constraint, Mesh, Sharding
+from gspmd.testing import DrawnProgram, programs
 
 DRAWN = hypothesis.settings(max_examples=25)
 
 
-def plan_of(program: Drawn, **changes: Any) -> gspmd.Plan:
+def plan_of(program: DrawnProgram, **changes: Any) -> gspmd.Plan:
     options = {"mesh": program.mesh, "in_specs": program.in_specs, "out_specs": program.out_specs}
     return gspmd.plan(program, *program.args, **(options | changes))
 
@@ -51,7 +51,7 @@ def split(axes: tuple[str, ...], mesh: Mesh) -> tuple[str, ...]:
 
 @hypothesis.given(programs())
 @DRAWN
-def test_what_the_user_fixed_never_changes(program: Drawn) -> None:
+def test_what_the_user_fixed_never_changes(program: DrawnProgram) -> None:
     plan = plan_of(program)
     for value, constraint in word_of_the_user(plan, program.in_specs).items():
         sharding = plan.propagated.shardings[value]
@@ -61,7 +61,7 @@ def test_what_the_user_fixed_never_changes(program: Drawn) -> None:
 
 @hypothesis.given(programs())
 @DRAWN
-def test_a_second_time_changes_nothing(program: Drawn) -> None:
+def test_a_second_time_changes_nothing(program: DrawnProgram) -> None:
     plan = plan_of(program)
     user = word_of_the_user(plan, program.in_specs)
     found = propagate(plan.model, plan.mesh, user).shardings  # before the boundary is rounded
@@ -79,7 +79,7 @@ def test_a_second_time_changes_nothing(program: Drawn) -> None:
 
 @hypothesis.given(programs())
 @DRAWN
-def test_every_axis_comes_from_the_user(program: Drawn) -> None:
+def test_every_axis_comes_from_the_user(program: DrawnProgram) -> None:
     done = plan_of(program).propagated
     for value, sharding in done.shardings.items():
         for dim, axes in enumerate(sharding.dims):
@@ -93,7 +93,7 @@ def test_every_axis_comes_from_the_user(program: Drawn) -> None:
 
 @hypothesis.given(programs())
 @DRAWN
-def test_no_axis_is_used_twice_and_no_piece_is_empty_but_by_request(program: Drawn) -> None:
+def test_no_axis_is_used_twice_and_no_piece_is_empty_but_by_request(program: DrawnProgram) -> None:
     plan = plan_of(program)
     user = word_of_the_user(plan, program.in_specs)
     for value, sharding in plan.propagated.shardings.items():
@@ -105,7 +105,7 @@ def test_no_axis_is_used_twice_and_no_piece_is_empty_but_by_request(program: Dra
 
 @hypothesis.given(programs(annotated=False))
 @DRAWN
-def test_nothing_split_nothing_sent(program: Drawn) -> None:
+def test_nothing_split_nothing_sent(program: DrawnProgram) -> None:
     plan = plan_of(program, in_specs=P(), out_specs=P())
     assert plan.collectives == ()
     assert plan.wire_bytes == 0
@@ -114,7 +114,7 @@ def test_nothing_split_nothing_sent(program: Drawn) -> None:
 
 @hypothesis.given(programs(), st.integers(0, 3), st.booleans())
 @DRAWN
-def test_an_axis_of_size_1_changes_nothing(program: Drawn, at: int, used: bool) -> None:
+def test_an_axis_of_size_1_changes_nothing(program: DrawnProgram, at: int, used: bool) -> None:
     axes = list(program.mesh.items())
     mesh = dict([*axes[:at], ("one", 1), *axes[at:]])
 

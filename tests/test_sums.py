@@ -120,3 +120,53 @@ def test_strict_lets_pass_what_gathers_nothing() -> None:
 
     plan = gspmd.plan(fn, floats(6, 4), mesh=MESH, in_specs=P(), strict=True)
     assert [finding.code for finding in plan.findings] == ["no-rule"]
+
+
+# --- out of a loop
+
+
+def squared_error(w: jax.Array, x: jax.Array) -> jax.Array:
+    return ((jnp.tanh(x @ w)) ** 2).sum()
+
+
+def accumulated(w: jax.Array, batches: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The loss and its gradient, added up over microbatches."""
+
+    def add(total: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[Any, None]:
+        loss, gradient = jax.value_and_grad(squared_error)(w, x)
+        return (total[0] + loss, total[1] + gradient), None
+
+    return lax.scan(add, (jnp.float32(0), jnp.zeros_like(w)), batches)[0]
+
+
+@pytest.mark.parametrize("microbatches", [1, 5])
+def test_gradients_accumulated_in_a_scan_are_reduced_once_after_it(microbatches: int) -> None:
+    w, batches = floats(6, 8), floats(microbatches, 12, 6)
+    plan = gspmd.plan(accumulated, w, batches, mesh="x=4", in_specs=(P(), P(None, "x")))
+    assert [(c.kind, c.trips) for c in plan.collectives] == [("all_reduce", 1)]
+    assert plan.wire_bytes == 2 * 3 / 4 * (w.nbytes + 4)
+    agrees(plan, accumulated, w, batches)
+
+
+def test_a_carry_that_is_read_pays_in_each_step() -> None:
+    def total(x: jax.Array) -> jax.Array:
+        def add(carry: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+            carry = carry + row.sum()
+            return carry, jnp.exp(-carry)
+
+        return lax.scan(add, jnp.float32(0), x)[1]
+
+    x = floats(5, 12)
+    plan = gspmd.plan(total, x, mesh="x=4", in_specs=(P(None, "x"),))
+    assert [(c.kind, c.trips) for c in plan.collectives] == [("all_reduce", 5)]
+    agrees(plan, total, x)
+
+
+def test_a_sum_is_not_held_back_over_an_axis_that_splits_the_carry() -> None:
+    """Full gradients on every device would undo what sharding the weights saves."""
+    step = lambda w, batches: w - accumulated(w, batches)[1]  # noqa: E731
+    w, batches = floats(8, 8), floats(3, 12, 8)
+    plan = gspmd.plan(step, w, batches, mesh="x=4", in_specs=(P("x"), P(None, "x")))
+    scattered = [c for c in plan.collectives if c.kind == "reduce_scatter"]
+    assert [c.trips for c in scattered] == [3]
+    agrees(plan, step, w, batches)

@@ -415,11 +415,30 @@ def test_explicit_mode() -> None:
         np.testing.assert_allclose(out, c.reshape(2, 2, 4), rtol=1e-5)
 
 
-def test_shard_map_is_refused() -> None:
+def test_shard_map_is_a_body() -> None:
     fn = jax.shard_map(
         lambda a: lax.psum(a, "x"), mesh=device_mesh(), in_specs=P("x"), out_specs=P()
     )
-    assert message(TraceError, fn, F32).startswith("the shard_map is written for one device's")
+    (given, op) = trace(fn, (F32,), mesh=MESH).program.ops
+    assert (given.name, op.name) == ("constraint", "shard_map")
+    assert op.params["in_dims"] == ((("x",), ()),)
+    assert op.params["out_dims"] == (((), ()),)
+    ((inner,),) = (body.ops for body in op.bodies)
+    assert (inner.name, inner.params) == ("all_reduce", {"axes": ("x",), "reduction": "sum"})
+    assert inner.ins == op.bodies[0].ins
+
+
+def test_a_linear_solve_is_its_solution() -> None:
+    def solved(a: jax.Array, b: jax.Array) -> jax.Array:
+        return lax.custom_linear_solve(
+            lambda x: a @ x, b, lambda _, y: jnp.linalg.inv(a) @ y, symmetric=True
+        )
+
+    a = np.eye(4, dtype=np.float32) * 3 + 1
+    program = trace(solved, (a, X[:, 0]), mesh=MESH).program
+    assert "custom_linear_solve" not in {op.name for op, _ in program.walk()}
+    (out,) = evaluate(program, (a, X[:, 0]))
+    np.testing.assert_allclose(out, np.linalg.solve(a, X[:, 0]), rtol=1e-4)
 
 
 def test_device_put_is_a_constraint() -> None:

@@ -1,10 +1,28 @@
 """The table of factor rules: what each primitive *is*, from which all passes know what to do."""
 
 from gspmd.ir import Op
-from gspmd.rules import contract, index, linalg, order, pointwise, random, reduce, shape
+from gspmd.rules import (
+    contract,
+    dynamic,
+    fft,
+    gather,
+    linalg,
+    manual,
+    order,
+    pointwise,
+    random,
+    reduce,
+    scatter,
+    shape,
+    stretch,
+    window,
+)
 from gspmd.rules.factor import RULES, FactorRule, OpRule, gathered
 
-FAMILIES = (pointwise, contract, reduce, shape, index, random, order, linalg)
+FAMILIES = (
+    pointwise, contract, reduce, shape, stretch, window, gather, scatter, dynamic, random, order,
+    linalg, fft, manual,
+)  # fmt: skip
 
 
 def op_rule(op: Op) -> OpRule | None:

@@ -15,7 +15,14 @@ from gspmd.local import is_key
 from gspmd.rules import factor_rule
 from gspmd.rules.factor import FactorRule
 
-IMPLEMENTATIONS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg"}
+IMPLEMENTATIONS = {
+    "key<fry>": "threefry2x32",
+    "key<fry4>": "threefry4x32",
+    "key<phx2>": "philox2x32",
+    "key<phx4>": "philox4x32",
+    "key<rbg>": "rbg",
+    "key<urbg>": "unsafe_rbg",
+}
 Words = np.ndarray  # an array; of PRNG keys their words, in a trailing dim
 
 

@@ -8,7 +8,7 @@ from gspmd.rules.factor import Dims, FactorRule, Factors, gathered, rule
 from gspmd.rules.pointwise import holds
 
 
-def _bilinear(op: Op) -> tuple[tuple[int, ...], ...]:
+def bilinear(op: Op) -> tuple[tuple[int, ...], ...]:
     """The operands in which a product is linear: those whose sums its results can hold.
 
     An int8 sum that is still owed may wrap around; in an int32 product it must not have.
@@ -23,7 +23,7 @@ def _bilinear(op: Op) -> tuple[tuple[int, ...], ...]:
 def dot_general(op: Op) -> FactorRule:
     f = Factors()
     left, right, out = _product(f, op, op.params["dimension_numbers"])
-    return f.rule([left, right], [out], linear=_bilinear(op), forward=1, backward=1)
+    return f.rule([left, right], [out], linear=bilinear(op), forward=1, backward=1)
 
 
 def _product(
@@ -51,6 +51,37 @@ def _in_order(factors: dict[int, int]) -> Dims:
     return tuple((factors[d],) for d in range(len(factors)))
 
 
+@rule("scaled_dot")
+def scaled_dot(op: Op) -> FactorRule:
+    """`m (s b), n (s b), m s, n s -> m n`: a scale for each block of b.
+
+    A block stays whole: JAX takes none of a single entry.
+    """
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = op.params["dimension_numbers"]
+    lhs, rhs, lhs_scale, rhs_scale = (x.shape for x in op.ins)
+    f = Factors()
+    left: dict[int, tuple[int, ...]] = {
+        d: (f.new(n),) for d, n in enumerate(lhs) if d not in lhs_contract
+    }
+    right = {e: left[d] for d, e in zip(lhs_batch, rhs_batch, strict=True)}
+    right |= {d: (f.new(n),) for d, n in enumerate(rhs) if d not in (*rhs_batch, *rhs_contract)}
+    out = [left[d] for d in lhs_batch] + [left[d] for d in left if d not in lhs_batch]
+    out += [right[d] for d in right if d not in rhs_batch]
+    scales: tuple[dict[int, tuple[int, ...]], ...] = ({**left}, {**right})
+    for d, e in zip(lhs_contract, rhs_contract, strict=True):
+        counts = {lhs_scale[d], rhs_scale[e]} - {1}
+        if len(counts) == 1:
+            (count,) = counts
+            inner = (f.new(count, "sum"), f.new(lhs[d] // count, "whole"))
+        else:  # scales of one block, or of blocks that do not fall into pieces alike
+            inner = (f.new(lhs[d], "whole" if counts else "sum"),)
+        left[d] = right[e] = inner
+        for scale, at, n in ((scales[0], d, lhs_scale[d]), (scales[1], e, rhs_scale[e])):
+            scale[at] = () if n == 1 else inner[:1] if len(counts) == 1 else (f.new(n, "whole"),)
+    ins = [tuple(dims[d] for d in sorted(dims)) for dims in (left, right, *scales)]
+    return f.rule(ins, [tuple(out)], forward=1, backward=1)
+
+
 @rule("ragged_dot_general")
 def ragged_dot_general(op: Op) -> FactorRule:
     """`m k, g k n -> m n`, each row of m multiplied with its group's matrix; m and g stay whole.
@@ -68,27 +99,4 @@ def ragged_dot_general(op: Op) -> FactorRule:
     group = f.dims(sizes, "whole")
     if {*ragged} & {*contract}:
         out = (*group, *out)
-    return f.rule([left, right, group], [out], linear=_bilinear(op), forward=1, backward=1)
-
-
-@rule("conv_general_dilated")
-def conv_general_dilated(op: Op) -> FactorRule:
-    """Batch and output features pass, input features are summed, spatial dims stay whole.
-
-    With feature groups only the batch passes, with batch groups nothing.
-    """
-    (lhs, rhs), (out,) = op.ins, op.outs
-    numbers = op.params["dimension_numbers"]
-    (n, c), (o, i), (m, p) = (spec[:2] for spec in numbers)
-    grouped = op.params["feature_group_count"] > 1
-    f = Factors()
-    left, right, result = (dict[int, int]() for _ in range(3))
-    if op.params["batch_group_count"] == 1:
-        left[n] = result[m] = f.new(lhs.shape[n])
-        if not grouped:
-            right[o] = result[p] = f.new(rhs.shape[o])
-            left[c] = right[i] = f.new(lhs.shape[c], "sum")
-    for factors, shape in ((left, lhs.shape), (right, rhs.shape), (result, out.shape)):
-        factors |= {d: f.new(k, "whole") for d, k in enumerate(shape) if d not in factors}
-    ins = [_in_order(left), _in_order(right)]
-    return f.rule(ins, [_in_order(result)], linear=_bilinear(op), forward=1, backward=1)
+    return f.rule([left, right, group], [out], linear=bilinear(op), forward=1, backward=1)

@@ -3,13 +3,18 @@
 A `Tie` says that an operand, inputs and outputs of the bodies, and a result must be sharded alike:
 a scan's carry is one tie of all four. Propagation treats a tie like a pointwise op; the partitioner
 gives all its values one sharding. What is in no tie (a predicate, a branch index) is replicated.
+
+A manual region (`shard_map`) is control flow as well: its body runs once on every shard along the
+manual axes, so that outside of it a dim is split over those first, then over what splits it inside.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
-from gspmd.ir import Op, Operand
+from gspmd.ir import Literal, Op, Operand, Value
 from gspmd.rules.factor import Dims, FactorRule, Factors
+from gspmd.sharding import Axes, Mesh, Sharding
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -17,7 +22,8 @@ class Tie:
     """One value on its way through an op with bodies; `role` is what a reader calls it.
 
     `inputs` and `outputs` are (body, position) pairs. The first `lead` dims of the operand and of
-    the result (a scan's length) exist outside the bodies only.
+    the result (a scan's length) exist outside the bodies only. `manual` are the user's mesh axes
+    that split the operand's or the result's dims outside of a manual region, and are unknown in it.
     """
 
     role: str
@@ -26,6 +32,7 @@ class Tie:
     outputs: tuple[tuple[int, int], ...] = ()
     result: int | None = None
     lead: int = 0
+    manual: tuple[Axes, ...] = ()
 
     def ins(self, op: Op) -> tuple[Operand, ...]:
         """What feeds the tie: the operand and the bodies' outputs."""
@@ -37,8 +44,18 @@ class Tie:
         result = () if self.result is None else (op.outs[self.result],)
         return (*(op.bodies[b].ins[i] for b, i in self.inputs), *result)
 
+    def outer(self, op: Op) -> Operand:
+        """The operand, or the result where there is none."""
+        if self.operand is not None:
+            return op.ins[self.operand]
+        assert self.result is not None
+        return op.outs[self.result]
+
     def rule(self, op: Op) -> FactorRule:
-        """The pointwise factor rule of the tie; leading dims outside the bodies are whole."""
+        """The pointwise factor rule of the tie; leading dims outside the bodies are whole.
+
+        The manual axes split a factor of their own, which is major and exists outside only.
+        """
         f = Factors()
         inner = self.inputs or self.outputs
         body, i = inner[0]
@@ -46,6 +63,11 @@ class Tie:
         shared = f.dims(side[i].shape)
 
         def outer(x: Operand) -> Dims:
+            if self.manual:
+                return tuple(
+                    (f.new(n // (f.sizes[own[0]] or 1)), *own) if axes else own
+                    for n, own, axes in zip(x.shape, shared, self.manual, strict=True)
+                )
             return f.dims(x.shape[: self.lead], "whole") + shared
 
         ins = [shared] * len(self.outputs)
@@ -55,6 +77,52 @@ class Tie:
         if self.result is not None:
             outs.append(outer(op.outs[self.result]))
         return f.rule(ins, outs)
+
+    def split(self, op: Op, shardings: Mapping[Value, Sharding], mesh: Mesh) -> tuple[Axes, ...]:
+        """The split that all values of the tie have inside the bodies."""
+        if not self.inputs or self.manual:
+            # What is split evenly outside of a region is so inside; not the other way about.
+            outer = self.outer(op)
+            if isinstance(outer, Literal):
+                return ()
+            dims = shardings[outer].dims[self.lead :]
+            if not self.manual:
+                return dims
+            prefix = self.prefix(mesh)
+            return tuple(axes[len(own) :] for axes, own in zip(dims, prefix, strict=True))
+        body, i = self.inputs[0]
+        return shardings[op.bodies[body].ins[i]].dims
+
+    def outside(self, dims: tuple[Axes, ...], mesh: Mesh) -> Sharding:
+        """The sharding of the operand and the result, where `dims` is the split in the bodies."""
+        if self.manual:
+            dims = tuple((*own, *axes) for own, axes in zip(self.prefix(mesh), dims, strict=True))
+        return Sharding(((),) * self.lead + dims)
+
+    def prefix(self, mesh: Mesh) -> tuple[Axes, ...]:
+        """The manual axes that split each dim outside, as they are cut on `mesh`."""
+        return tuple(_parts(axes, mesh) for axes in self.manual)
+
+
+def _parts(axes: Axes, mesh: Mesh) -> Axes:
+    """What the user's `axes` are cut into on `mesh`, axes of size 1 left out."""
+    parts = (part for axis in axes for part in mesh.sub_axes(axis))
+    return tuple(part for part in parts if mesh.size((part,)) > 1)
+
+
+def manual_axes(op: Op, mesh: Mesh) -> Axes:
+    """The axes that nothing in the bodies of `op` may be split over: it runs on shards of them."""
+    return _parts(op.params["manual"], mesh) if op.name == "shard_map" else ()
+
+
+def manual_places(op: Op, mesh: Mesh) -> Iterator[tuple[Value, tuple[Axes, ...]]]:
+    """The operands and results of a manual region, with the manual axes that split their dims."""
+    if op.name != "shard_map":
+        return
+    for tie in ties(op):
+        outer = tie.outer(op)
+        if isinstance(outer, Value):
+            yield outer, tie.prefix(mesh)
 
 
 def _scan(op: Op) -> list[Tie]:
@@ -100,11 +168,82 @@ def _remat(op: Op) -> list[Tie]:
     return ties + [Tie(f"result {k}", outputs=((0, k),), result=k) for k in range(len(op.outs))]
 
 
+def _shard_map(op: Op) -> list[Tie]:
+    ins, outs = op.params["in_dims"], op.params["out_dims"]
+    return [Tie(f"operand {i}", i, ((0, i),), manual=dims) for i, dims in enumerate(ins)] + [
+        Tie(f"result {k}", outputs=((0, k),), result=k, manual=dims) for k, dims in enumerate(outs)
+    ]
+
+
 CONTROL: dict[str, Callable[[Op], list[Tie]]] = {
-    "scan": _scan, "while": _while, "cond": _cond, "remat": _remat,
+    "scan": _scan, "while": _while, "cond": _cond, "remat": _remat, "shard_map": _shard_map,
 }  # fmt: skip
 
 
 def ties(op: Op) -> list[Tie]:
     """The ties of a control-flow op."""
     return CONTROL[op.name](op)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Accumulator:
+    """A carry of a scan to which each step adds `summands`, and that is not used otherwise.
+
+    It is `operand` of the op, `input` and `output` of the body, and result `output` of the op.
+    """
+
+    operand: int
+    input: int
+    output: int
+    summands: tuple[Value, ...]
+
+
+def accumulators(op: Op) -> list[Accumulator]:
+    """The carries of a scan that only accumulate: what their summands owe can be paid after it."""
+    if op.name != "scan":
+        return []
+    (body,) = op.bodies
+    uses = collections.Counter(
+        x for using in body.ops for x in using.ins if isinstance(x, Value)
+    ) + collections.Counter(x for x in body.outs if isinstance(x, Value))
+    made = {out: making for making in body.ops for out in making.outs}
+    first = op.params["num_consts"]
+    found: list[Accumulator] = []
+    for k in range(op.params["num_carry"]):
+        summands = _summands(body.ins[first + k], body.outs[k], made, uses)
+        if summands:
+            found.append(Accumulator(first + k, first + k, k, summands))
+    return found
+
+
+def _summands(
+    carry: Value, total: Operand, made: Mapping[Value, Op], uses: Mapping[Value, int]
+) -> tuple[Value, ...]:
+    """What is added to `carry` until it is `total`; nothing if anything else is done with it."""
+    path = _additions(carry, total, made)
+    values = [out for op in path for out in op.outs]
+    if not path or any(uses[x] > 1 for x in (carry, *values)):
+        return ()
+    on_path = {carry, *values}
+    added = [x for op in path for x in op.ins if x not in on_path]
+    if all(isinstance(x, Value) and x.shape == carry.shape for x in added):
+        return tuple(x for x in added if isinstance(x, Value))
+    return ()
+
+
+def _additions(carry: Value, total: Operand, made: Mapping[Value, Op]) -> list[Op]:
+    """The additions that lead from `carry` to `total`, if these alone do."""
+    op = made.get(total) if isinstance(total, Value) else None
+    if op is None or not (op.name in ("add", "add_any") or _changes_nothing(op)):
+        return []
+    for x in op.ins:
+        if x == carry:
+            return [op]
+        if before := _additions(carry, x, made):
+            return [*before, op]
+    return []
+
+
+def _changes_nothing(op: Op) -> bool:
+    """A conversion to the same type, which JAX writes to forget that a number was Python's."""
+    return op.name == "convert_element_type" and op.ins[0].dtype == op.outs[0].dtype

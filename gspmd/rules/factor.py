@@ -9,22 +9,27 @@ whose major factor is `a`. A factor has a kind:
   to be combined by that reduction;
 * `whole`: the op needs the entire dim.
 
+A factor may be *exchanged*: its pieces need entries of each other (the halo of a window, the totals
+of a prefix sum), and a `partition` function beside the rule says which.
+
 (The same idea as Shardy's op sharding rules and einops' strings.)
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 from gspmd.errors import RuleError
-from gspmd.ir import Op
+from gspmd.ir import Op, Operand, Value
 from gspmd.sharding import Axes, Mesh, Sharding
+
+if TYPE_CHECKING:
+    from gspmd.rules.build import Builder
 
 Dims = tuple[tuple[int, ...], ...]  # the factors of each dim of one tensor, major first
 
 REDUCTIONS = ("sum", "max", "min", "prod", "and", "or", "xor")
 KINDS = ("pass", *REDUCTIONS, "whole")
-_OPTIONS = ("kinds", "sizes", "linear", "forward", "backward", "masked")  # of register_rule
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,6 +42,10 @@ class FactorRule:
     operands to results and back: 0 pointwise and data movement, 1 contractions and the rest,
     2 and 3 broadcasts (GSPMD, section 3.5, iterative propagation with priorities).
     `masked` says that padding in a reduced factor must be neutralized before the op runs.
+    `exchanged` lists the factors whose pieces need entries of each other. Dims that share one may
+    differ in size, as the operand and the result of a slice do; the factor has the operand's.
+    `copied` lists whole factors of which every device needs all, so that to gather them is no want
+    of a better strategy: the updates of a scatter.
     """
 
     ins: tuple[Dims, ...]
@@ -48,6 +57,8 @@ class FactorRule:
     forward: int = 0
     backward: int = 0
     masked: bool = True
+    exchanged: frozenset[int] = frozenset()
+    copied: frozenset[int] = frozenset()
 
     @classmethod
     def parse(
@@ -85,6 +96,7 @@ class FactorRule:
 
         sides = (", ".join(map(tensor, side)) for side in (self.ins, self.outs))
         kinds = [f"{n}: {k}" for n, k in zip(self.names, self.kinds, strict=True) if k != "pass"]
+        kinds += [f"{self.names[f]}: exchanged" for f in sorted(self.exchanged)]
         return " -> ".join(sides) + (f"  ({', '.join(kinds)})" if kinds else "")
 
 
@@ -94,11 +106,14 @@ class Factors:
     def __init__(self) -> None:
         self.sizes: list[int] = []
         self.kinds: list[str] = []
+        self.exchanged: set[int] = set()
 
-    def new(self, size: int, kind: str = "pass") -> int:
+    def new(self, size: int, kind: str = "pass", exchanged: bool = False) -> int:
         """A factor of `size`; returns its number."""
         self.sizes.append(size)
         self.kinds.append(kind)
+        if exchanged:
+            self.exchanged.add(len(self.sizes) - 1)
         return len(self.sizes) - 1
 
     def dims(self, shape: Sequence[int], kind: str = "pass") -> Dims:
@@ -108,7 +123,13 @@ class Factors:
     def rule(self, ins: Sequence[Dims], outs: Sequence[Dims], **options: Any) -> FactorRule:
         names = tuple(_name(i) for i in range(len(self.sizes)))
         return FactorRule(
-            tuple(ins), tuple(outs), tuple(self.sizes), tuple(self.kinds), names, **options
+            tuple(ins),
+            tuple(outs),
+            tuple(self.sizes),
+            tuple(self.kinds),
+            names,
+            exchanged=frozenset(self.exchanged),
+            **options,
         )
 
 
@@ -132,6 +153,27 @@ class Split:
     in_shapes: tuple[tuple[int, ...], ...]
     out_shapes: tuple[tuple[int, ...], ...]
 
+    @classmethod
+    def of(
+        cls,
+        op: Op,
+        mesh: Mesh,
+        axes: tuple[Axes, ...],
+        ins: tuple[Sharding, ...],
+        outs: tuple[Sharding, ...],
+    ) -> "Split":
+        return cls(
+            mesh,
+            axes,
+            ins,
+            outs,
+            tuple(s.local_shape(x.shape, mesh) for x, s in zip(op.ins, ins, strict=True)),
+            tuple(s.local_shape(x.shape, mesh) for x, s in zip(op.outs, outs, strict=True)),
+        )
+
+
+Partition = Callable[["Builder", Op, Split, Sequence[Operand]], Sequence[Value] | None]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OpRule:
@@ -140,12 +182,16 @@ class OpRule:
     `factors(op)` is its FactorRule. `params(op, split)` are the params of the op on local shapes,
     where they name shapes. `call(op, split)` replaces the primitive on local arrays, for ops that
     must know which shard they hold; inside, `jax.lax.axis_index` is available, and no collective
-    may be used.
+    may be used. `partition(builder, op, split, ins)` emits the op on the local operands where an
+    exchanged factor is split, and returns the local results; None if that split is beyond it.
+    `check(op)` tries a user's rule that has not been tried yet; it returns why it cannot.
     """
 
     factors: Callable[[Op], FactorRule]
     params: Callable[[Op, Split], dict[str, Any]] | None = None
     call: Callable[[Op, Split], Callable[..., Any]] | None = None
+    partition: "Partition | None" = None
+    check: Callable[[Op], str] | None = None
 
 
 RULES: dict[str, OpRule] = {}
@@ -155,6 +201,7 @@ def rule(
     *primitives: str,
     params: Callable[[Op, Split], dict[str, Any]] | None = None,
     call: Callable[[Op, Split], Callable[..., Any]] | None = None,
+    partition: Partition | None = None,
 ) -> Callable[[Callable[[Op], FactorRule]], Callable[[Op], FactorRule]]:
     """Registers the decorated function as the rule of `primitives`."""
 
@@ -162,7 +209,7 @@ def rule(
         for primitive in primitives:
             if primitive in RULES:
                 raise RuleError(f"primitive {primitive!r} already has a rule.")
-            RULES[primitive] = OpRule(factors, params, call)
+            RULES[primitive] = OpRule(factors, params, call, partition)
         return factors
 
     return register
@@ -176,86 +223,7 @@ def gathered(op: Op) -> FactorRule:
     )
 
 
-def register_rule(primitive: Any, text: str, **options: Any) -> None:
-    """Registers `text`, such as `"i k, k j -> i j"`, as the factor rule of a user's primitive.
-
-    Args:
-      primitive: a `jax.extend.core.Primitive`, or its name.
-      text: the factors of each operand and result; `...` is not supported, `_` is a whole dim.
-      options: `kinds={"k": "max"}` for reductions other than a sum, and `sizes` for compound dims.
-
-    Raises:
-      RuleError: the text is malformed, or the primitive has a rule already.
-    """
-    name = primitive if isinstance(primitive, str) else getattr(primitive, "name", None)
-    if not isinstance(name, str) or not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise RuleError(
-            f"register_rule({primitive!r}, {text!r}): give a jax.extend.core.Primitive, or its "
-            'name, and a text such as "i k, k j -> i j".'
-        )
-    if name in RULES:
-        raise RuleError(
-            f"register_rule({name!r}): this primitive has a rule already, and a rule is registered "
-            "once; give a primitive of your own another name."
-        )
-    if text.count("->") != 1:
-        raise RuleError(f"register_rule({name!r}): a factor rule has one '->', got {text!r}.")
-    unknown = [option for option in options if option not in _OPTIONS]
-    if unknown:
-        raise RuleError(
-            f"register_rule({name!r}): there is no option {unknown[0]!r}; there are "
-            f"{', '.join(_OPTIONS)}."
-        )
-    _check_factors(name, text, options.get("kinds", {}), options.get("sizes", {}))
-
-    def factors(op: Op) -> FactorRule:
-        where = f"{name} at {op.source}" if op.source else name
-        try:
-            made = FactorRule.parse(
-                text, [x.shape for x in op.ins], [x.shape for x in op.outs], **options
-            )
-        except RuleError as error:
-            raise RuleError(f"{where}: {error}") from error
-        if any(i not in range(len(op.ins)) for group in made.linear for i in group):
-            raise RuleError(
-                f"{where}: linear={made.linear} names an operand that there is not: it has "
-                f"{len(op.ins)}, numbered from 0."
-            )
-        return made
-
-    RULES[name] = OpRule(factors)
-
-
-def _check_factors(name: str, text: str, kinds: Any, sizes: Any) -> None:
-    """Raises RuleError where the parts of a user's rule do not fit each other."""
-    here = f"register_rule({name!r})"
-    ins, outs = (
-        [factor for tensor in side for dim in tensor for factor in dim] for side in _tensors(text)
-    )
-    for factor in (*ins, *outs):
-        if not factor.isidentifier():
-            raise RuleError(
-                f"{here}: {factor!r} in {text!r} is no factor; a factor is a name, or _ for a dim "
-                "that stays whole."
-            )
-    for factor in outs:
-        if factor != "_" and factor not in ins:
-            raise RuleError(
-                f"{here}: factor {factor!r} of {text!r} is in no operand, so that no piece of it "
-                "can be computed; write _ there, for a dim that stays whole."
-            )
-    for option, given, kind in (("kinds", kinds, str), ("sizes", sizes, int)):
-        if not isinstance(given, Mapping) or not all(
-            isinstance(x, kind) for x in cast("Mapping[Any, Any]", given).values()
-        ):
-            example = 'kinds={"k": "max"}' if option == "kinds" else 'sizes={"k": 8}'
-            raise RuleError(f"{here}: {option}={given!r} is not of the form {example}.")
-        for factor in cast("Mapping[Any, Any]", given):
-            if factor not in ins:
-                raise RuleError(f"{here}: {option} names {factor!r}, which is not in {text!r}.")
-
-
-def _tensors(text: str) -> tuple[list[list[tuple[str, ...]]], list[list[tuple[str, ...]]]]:
+def tensors_of(text: str) -> tuple[list[list[tuple[str, ...]]], list[list[tuple[str, ...]]]]:
     """The factor names of each dim of each operand and result in `text`."""
     if text.count("->") != 1:
         raise RuleError(f"a factor rule has one '->', got {text!r}.")
@@ -294,7 +262,7 @@ class _Parser:
         sizes: dict[str, int],
     ) -> None:
         self.text, self.kinds, self.given = text, kinds, dict(sizes)
-        self.tensors = _tensors(text)
+        self.tensors = tensors_of(text)
         self.shapes = (list(ins), list(outs))
         for what, tensors, shapes in zip(
             ("operands", "results"), self.tensors, self.shapes, strict=True

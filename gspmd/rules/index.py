@@ -1,30 +1,45 @@
-"""Rules of data-dependent indexing: gather, scatter, dynamic slices.
+"""Indexing: what the rules of gather and scatter have in common, and how indices become local.
 
-A dim that is indexed may be split as well. Each device translates the indices to its own rows:
-a gather then yields zeros for rows held elsewhere (the true rows are the sum over the devices), a
-scatter drops them. Indices out of bounds mean what they mean unsplit: bounds are those of the whole
-array, whatever a device holds.
+Both move slices between an operand and an array of slices (a gather's result, a scatter's updates),
+at places that index vectors name. A dim of the operand that the slices do not take in full may be
+split all the same: each device translates the places to its own shard, row by row of the slice
+where a slice may reach over several shards. What is out of bounds is decided for the whole slice
+and the whole array, whatever a device holds.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from gspmd.ir import Op
-from gspmd.rules.factor import Dims, FactorRule, Factors, Split, rule
+from gspmd.local import as_words, is_key
+from gspmd.rules.factor import Dims, Factors
 from gspmd.sharding import Axes
 
 DROP = lax.GatherScatterMode.FILL_OR_DROP
 
 
 def sum_kind(dtype: Any) -> str:
-    """The reduction that finds the one contribution which is not zero, or `whole` if none does."""
+    """The reduction that finds the one contribution which is not zero, or `whole` if none does.
+
+    PRNG keys are summed by their words. A sum loses the sign of a zero: -0.0 arrives as 0.0.
+    """
     if jnp.issubdtype(dtype, jnp.bool_):
         return "or"
-    return "sum" if jnp.issubdtype(dtype, jnp.number) else "whole"
+    if is_key(dtype):
+        return "sum"
+    has_zero = str(dtype) != "float8_e8m0fnu"  # powers of two alone
+    return "sum" if jnp.issubdtype(dtype, jnp.number) and has_zero else "whole"
+
+
+def zeros_but(mine: Any, x: Any) -> Any:
+    """`x` where `mine` is true, zeros elsewhere; `mine` has the leading dims of `x`."""
+    words, restore = as_words(x)
+    mine = lax.broadcast_in_dim(mine, words.shape, range(mine.ndim))
+    return restore(jnp.where(mine, words, jnp.zeros_like(words)))
 
 
 def clamped(index: Any, bound: int) -> Any:
@@ -35,312 +50,199 @@ def clamped(index: Any, bound: int) -> Any:
     return index if signed else index.astype(jnp.int32)
 
 
-def localize(
-    indices: Any,
-    bounds: Sequence[int],
-    blocks: Sequence[int],
-    axes: Sequence[Axes],
-) -> tuple[Any, Any, Any]:
-    """The index vectors for a device's shard; which are its own; which are valid.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Indexing:
+    """How slices of an operand are named by index vectors.
 
-    Component i of a vector (in the last dim) is valid within [0, bounds[i]], else clamped. It is
-    the device's own if it lies in its block of blocks[i] rows along axes[i]; others are moved to
-    the nearest row held here.
+    A slice takes `sizes[d]` of dim d, which has `shape[d]`. Dim p of the array of slices runs over
+    dim `windows[p]` of the operand; where that is None, over the next dim of the indices. Component
+    i of an index vector is the start in dim `indexed[i]`; other slices start at 0. `paired` are the
+    (dim of the operand, dim of the indices) that go together, a batch of operands.
     """
-    own = valid = jnp.ones(indices.shape[:-1], bool)
-    parts: list[Any] = []
-    for i, (bound, block, names) in enumerate(zip(bounds, blocks, axes, strict=True)):
-        index = clamped(indices[..., i], bound)
-        valid &= index == indices[..., i]
-        if names:
-            index -= (lax.axis_index(names) * block).astype(index.dtype)
-            own &= (index >= 0) & (index < block)
-            index = jnp.clip(index, 0, block - 1)
-        parts.append(index)
-    dtype = jnp.result_type(*parts)
-    return jnp.stack([part.astype(dtype) for part in parts], axis=-1), own, valid
 
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+    windows: tuple[int | None, ...]
+    indexed: tuple[int, ...]
+    collapsed: tuple[int, ...]
+    paired: tuple[tuple[int, int], ...]
 
-# --- gather
-
-
-def _gather_params(op: Op, split: Split) -> dict[str, Any]:
-    """Slices that take a dim in full now take the shard in full."""
-    sizes = tuple(
-        local if size == n else size
-        for size, n, local in zip(
-            op.params["slice_sizes"], op.ins[0].shape, split.in_shapes[0], strict=True
+    @classmethod
+    def of_gather(cls, op: Op) -> "Indexing":
+        numbers = op.params["dimension_numbers"]
+        return cls._of(
+            op.ins[0].shape,
+            op.params["slice_sizes"],
+            len(op.outs[0].shape),
+            numbers.offset_dims,
+            numbers.start_index_map,
+            numbers.collapsed_slice_dims,
+            tuple(
+                zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+            ),
         )
-    )
-    return {**op.params, "slice_sizes": sizes}
+
+    @classmethod
+    def of_scatter(cls, op: Op) -> "Indexing":
+        numbers = op.params["dimension_numbers"]
+        paired = tuple(
+            zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True)
+        )
+        single = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+        dims = iter(numbers.update_window_dims)
+        sizes = tuple(
+            1 if d in single else op.ins[2].shape[next(dims)] for d in range(len(op.ins[0].shape))
+        )
+        return cls._of(
+            op.ins[0].shape,
+            sizes,
+            len(op.ins[2].shape),
+            numbers.update_window_dims,
+            numbers.scatter_dims_to_operand_dims,
+            numbers.inserted_window_dims,
+            paired,
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        shape: Sequence[int],
+        sizes: Sequence[int],
+        rank: int,
+        offset_dims: Sequence[int],
+        indexed: Sequence[int],
+        collapsed: Sequence[int],
+        paired: tuple[tuple[int, int], ...],
+    ) -> "Indexing":
+        gone = {*collapsed, *(d for d, _ in paired)}
+        kept = iter(d for d in range(len(shape)) if d not in gone)
+        windows = tuple(next(kept) if p in offset_dims else None for p in range(rank))
+        return cls(tuple(shape), tuple(sizes), windows, tuple(indexed), tuple(collapsed), paired)
+
+    def full(self, dim: int) -> bool:
+        """Whether every slice takes all of a dim of the operand."""
+        return self.shape[dim] == self.sizes[dim] and dim in self.windows
+
+    def dims(
+        self, f: Factors, indices: Sequence[int], taken: str, batch: str
+    ) -> tuple[Dims, Dims, Dims]:
+        """The factors of the operand, the indices and the slices.
+
+        Dims that slices take in full pass, as does a batch of operands. Other dims of the operand
+        are of kind `taken`, other dims of the indices of kind `batch`.
+        """
+        together = {i for _, i in self.paired}
+        index_dims = tuple(
+            (f.new(n, "pass" if i in together else batch),) for i, n in enumerate(indices[:-1])
+        )
+        pairs = dict(self.paired)
+        operand: Dims = tuple(
+            index_dims[pairs[d]]
+            if d in pairs
+            else (f.new(n, "pass" if self.full(d) else taken if size > 0 and n > 1 else "whole"),)
+            for d, (n, size) in enumerate(zip(self.shape, self.sizes, strict=True))
+        )
+        rest = iter(index_dims)
+        slices: Dims = tuple(
+            next(rest)
+            if d is None
+            else operand[d]
+            if self.full(d)
+            else (f.new(self.sizes[d], "whole"),)
+            for d in self.windows
+        )
+        return operand, (*index_dims, (f.new(indices[-1], "whole"),)), slices
 
 
-def _gather_call(op: Op, split: Split) -> Callable[..., Any]:
-    assert op.call is not None
-    call, params = op.call, _gather_params(op, split)
-    numbers, sizes = op.params["dimension_numbers"], op.params["slice_sizes"]
-    indexed = numbers.start_index_map
-    axes = [split.ins[0].dims[d] if sizes[d] == 1 else () for d in indexed]
-    if not any(axes):
-        return functools.partial(call, **params)
-    bounds = [op.ins[0].shape[d] - sizes[d] for d in indexed]
-    blocks = [split.in_shapes[0][d] for d in indexed]
-    fill = op.params["mode"] == DROP
-    params |= {"unique_indices": False, "indices_are_sorted": False}
+@dataclasses.dataclass(frozen=True, slots=True)
+class Localized:
+    """An `Indexing` of shards, in which the dims of the operand that are `cut` are taken by rows.
 
-    def local(operand: Any, indices: Any, **_: Any) -> Any:
-        indices, own, valid = localize(indices, bounds, blocks, axes)
-        if fill:  # the owner of the clamped index fills
-            indices = jnp.where(valid[..., None], indices, -1)
-        out = call(operand, indices, **params)
-        batch = tuple(d for d in range(out.ndim) if d not in numbers.offset_dims)
-        return jnp.where(lax.broadcast_in_dim(own, out.shape, batch), out, jnp.zeros_like(out))
-
-    return local
-
-
-@rule("gather", params=_gather_params, call=_gather_call)
-def gather(op: Op) -> FactorRule:
-    """Dims taken in full pass, and dims of the indices; dims taken row by row are summed."""
-    (operand, indices), (out,) = op.ins, op.outs
-    numbers, sizes = op.params["dimension_numbers"], op.params["slice_sizes"]
-    batching = numbers.start_indices_batching_dims
-    paired = dict(zip(numbers.operand_batching_dims, batching, strict=True))
-    f = Factors()
-    batch = f.dims(indices.shape[:-1])
-    slices: list[tuple[int, ...]] = []  # of the result's offset dims, in order
-    ins: list[tuple[int, ...]] = []
-    for d, (n, size) in enumerate(zip(operand.shape, sizes, strict=True)):
-        if d in paired:
-            ins.append(batch[paired[d]])
-            continue
-        collapsed = d in numbers.collapsed_slice_dims
-        if n == size and not collapsed:
-            ins.append((f.new(n),))
-            slices.append(ins[-1])
-            continue
-        summed = size == 1 and n > 1 and d in numbers.start_index_map
-        ins.append((f.new(n, sum_kind(operand.dtype) if summed else "whole"),))
-        if not collapsed:
-            slices.append((f.new(size, "whole"),))
-    at, rest = iter(slices), iter(batch)
-    outs: Dims = tuple(
-        next(at) if d in numbers.offset_dims else next(rest) for d in range(len(out.shape))
-    )
-    return f.rule(
-        [tuple(ins), (*batch, (f.new(indices.shape[-1], "whole"),))],
-        [outs],
-        linear=((0,),) if _fills_linearly(op) else (),
-        forward=1,
-        backward=1,
-        masked=False,
-    )
-
-
-def _fills_linearly(op: Op) -> bool:
-    """Whether rows out of bounds are zero, or NaN, which sums to NaN again."""
-    fill = op.params["fill_value"]
-    return op.params["mode"] != DROP or fill == 0 or fill != fill
-
-
-# --- scatter
-
-
-def _window_sizes(op: Op) -> dict[int, int]:
-    """For each dim of the operand that is no batching dim: how much of it one update covers."""
-    numbers = op.params["dimension_numbers"]
-    windows = iter(numbers.update_window_dims)
-    return {
-        d: 1 if d in numbers.inserted_window_dims else op.ins[2].shape[next(windows)]
-        for d in range(len(op.ins[0].shape))
-        if d not in numbers.operand_batching_dims
-    }
-
-
-UPDATE_KINDS = {
-    "scatter-add": "sum",
-    "scatter-sub": "sum",
-    "scatter-max": "max",
-    "scatter-min": "min",
-}
-LINEAR = {"scatter-add": ((0, 2),), "scatter-sub": ((0, 2),), "scatter-mul": ((0,),)}
-
-
-def _scatter_call(op: Op, split: Split) -> Callable[..., Any]:
-    assert op.call is not None
-    call, params = op.call, dict(op.params)
-    numbers, windows = op.params["dimension_numbers"], _window_sizes(op)
-    indexed = numbers.scatter_dims_to_operand_dims
-    axes = [split.ins[0].dims[d] if windows.get(d) == 1 else () for d in indexed]
-    shared = _shared_axes(op, split)
-    if not any(axes) and not shared:
-        return functools.partial(call, **params)
-    bounds = [op.ins[0].shape[d] - windows[d] for d in indexed]
-    blocks = [split.in_shapes[0][d] for d in indexed]
-    clamp = op.params["mode"] == lax.GatherScatterMode.CLIP
-    summed = UPDATE_KINDS.get(op.name) == "sum"
-    params |= {"unique_indices": False, "indices_are_sorted": False}
-
-    def local(operand: Any, indices: Any, updates: Any, **_: Any) -> Any:
-        if shared and summed:  # each device adds its share of the updates; the operand counts once
-            first = lax.axis_index(shared) == 0
-            operand = jnp.where(first, operand, jnp.zeros_like(operand))
-        if not any(axes):
-            return call(operand, indices, updates, **params)
-        indices, own, valid = localize(indices, bounds, blocks, axes)
-        kept = own if clamp else own & valid
-        indices = jnp.where(kept[..., None], indices, -1)
-        return call(operand, indices, updates, **{**params, "mode": DROP})
-
-    return local
-
-
-def _shared_axes(op: Op, split: Split) -> Axes:
-    """The axes over which the devices share out the updates."""
-    batching = op.params["dimension_numbers"].scatter_indices_batching_dims
-    dims = split.ins[1].dims[:-1]
-    return tuple(axis for d, axes in enumerate(dims) if d not in batching for axis in axes)
-
-
-@rule(
-    "scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-max", "scatter-min",
-    call=_scatter_call,
-)  # fmt: skip
-def scatter(op: Op) -> FactorRule:
-    """Dims updated in full pass, and dims updated row by row, where the updates stay whole.
-
-    The updates themselves are shared out if their order does not matter.
+    Slices that take several rows of a cut dim fall into as many slices of one row: their dim of the
+    array of slices becomes one more dim of the indices, so that array stays as it is.
     """
-    operand, indices, updates = op.ins
-    numbers, windows = op.params["dimension_numbers"], _window_sizes(op)
-    batching = numbers.scatter_indices_batching_dims
-    paired = dict(zip(numbers.operand_batching_dims, batching, strict=True))
-    f = Factors()
-    kind = UPDATE_KINDS.get(op.name, "whole")
-    batch = [
-        (f.new(n, "pass" if d in batching else kind),) for d, n in enumerate(indices.shape[:-1])
-    ]
-    ins: list[tuple[int, ...]] = []
-    slices: list[tuple[int, ...]] = []  # of the updates' window dims, in order
-    for d, n in enumerate(operand.shape):
-        if d in paired:
-            ins.append(batch[paired[d]])
-            continue
-        row = windows[d] == 1 and d in numbers.scatter_dims_to_operand_dims
-        full = windows[d] == n and d not in numbers.inserted_window_dims
-        ins.append((f.new(n, "pass" if row or full else "whole"),))
-        if d not in numbers.inserted_window_dims:
-            slices.append(ins[-1] if full else (f.new(windows[d], "whole"),))
-    at, rest = iter(slices), iter(batch)
-    update_dims: Dims = tuple(
-        next(at) if d in numbers.update_window_dims else next(rest)
-        for d in range(len(updates.shape))
-    )
-    return f.rule(
-        [tuple(ins), (*batch, (f.new(indices.shape[-1], "whole"),)), update_dims],
-        [tuple(ins)],
-        linear=LINEAR.get(op.name, ()),
-        forward=1,
-        backward=1,
-    )
 
+    whole: Indexing
+    cut: tuple[tuple[int, Axes, int], ...]  # dim of the operand, the axes that split it, the shard
 
-# --- dynamic slices
+    @classmethod
+    def of(cls, whole: Indexing, axes: Sequence[Axes], local: Sequence[int]) -> "Localized":
+        """`axes` split the operand's dims, of which a device holds `local`."""
+        paired = {d for d, _ in whole.paired}
+        return cls(
+            whole,
+            tuple(
+                (d, names, local[d])
+                for d, names in enumerate(axes)
+                if names and d not in paired and not whole.full(d)
+            ),
+        )
 
+    @property
+    def _rows(self) -> dict[int, int]:
+        """The dims of the slices whose rows are named one by one, each with the operand's dim."""
+        dims = {d for d, _, _ in self.cut}
+        return {p: d for p, d in enumerate(self.whole.windows) if d is not None and d in dims}
 
-def _dynamic_slice_params(op: Op, split: Split) -> dict[str, Any]:
-    return {**op.params, "slice_sizes": split.out_shapes[0]}
+    @property
+    def _named(self) -> list[int]:
+        """The dims of the slices that the indices run over."""
+        return [p for p, d in enumerate(self.whole.windows) if d is None or p in self._rows]
 
+    @property
+    def indexed(self) -> tuple[int, ...]:
+        at = self.whole.indexed
+        return (*at, *(d for d, _, _ in self.cut if d not in at))
 
-def _dynamic_slice_call(op: Op, split: Split) -> Callable[..., Any]:
-    assert op.call is not None
-    call, params = op.call, _dynamic_slice_params(op, split)
-    shape, sizes = op.ins[0].shape, op.params["slice_sizes"]
-    cut = {d: axes for d, axes in enumerate(split.ins[0].dims) if axes and shape[d] != sizes[d]}
-    if not cut:
-        return functools.partial(call, **params)
+    @property
+    def collapsed(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.whole.collapsed, *self._rows.values()}))
 
-    def local(operand: Any, *starts: Any, **_: Any) -> Any:
-        begin = _clamped_starts(starts, shape, sizes)
-        taken = [operand.shape[d] if d in cut else n for d, n in enumerate(params["slice_sizes"])]
-        out = lax.dynamic_slice(operand, [0 if d in cut else x for d, x in enumerate(begin)], taken)
-        for d, names in cut.items():
-            block = operand.shape[d]
-            row = begin[d] - lax.axis_index(names) * block + jnp.arange(sizes[d])
-            out = jnp.take(out, jnp.clip(row, 0, block - 1), axis=d)
-            own = lax.broadcast_in_dim((row >= 0) & (row < block), out.shape, (d,))
-            out = jnp.where(own, out, jnp.zeros_like(out))
-        return out
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The dims of the slices that are no dims of the indices."""
+        return tuple(p for p in range(len(self.whole.windows)) if p not in self._named)
 
-    return local
+    @property
+    def batching(self) -> tuple[int, ...]:
+        """The dims of the indices which belong to a batch of operands."""
+        batch = [i for i, p in enumerate(self._named) if p not in self._rows]
+        return tuple(batch[i] for _, i in self.whole.paired)
 
+    def sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The slices' sizes, of which `sizes` are those of dims not taken by rows."""
+        rows = set(self._rows.values())
+        return tuple(1 if d in rows else n for d, n in enumerate(sizes))
 
-def _clamped_starts(
-    starts: Sequence[Any], shape: Sequence[int], sizes: Sequence[int]
-) -> tuple[Any, ...]:
-    """The starts that keep a slice within the whole array, all of one type."""
-    begin = [clamped(x, n - size) for x, n, size in zip(starts, shape, sizes, strict=True)]
-    dtype = jnp.result_type(*begin)
-    return tuple(x.astype(dtype) for x in begin)
+    def translate(self, indices: Any) -> tuple[Any, Any, Any]:
+        """The index vectors for a device's shard; which are its own; which are valid.
 
-
-@rule("dynamic_slice", params=_dynamic_slice_params, call=_dynamic_slice_call)
-def dynamic_slice(op: Op) -> FactorRule:
-    """Dims taken in full pass; dims of which at most half is taken are summed."""
-    f = Factors()
-    ins: list[tuple[int, ...]] = []
-    outs: list[tuple[int, ...]] = []
-    for n, size in zip(op.ins[0].shape, op.outs[0].shape, strict=True):
-        kind = sum_kind(op.ins[0].dtype) if 2 * size <= n else "whole"
-        ins.append((f.new(n, "pass" if size == n else kind),))
-        outs.append(ins[-1] if size == n else (f.new(size, "whole"),))
-    return f.rule(
-        [tuple(ins), *[()] * len(op.ins[1:])],
-        [tuple(outs)],
-        linear=((0,),),
-        forward=0,
-        backward=1,
-        masked=False,
-    )
-
-
-def _dynamic_update_slice_call(op: Op, split: Split) -> Callable[..., Any]:
-    assert op.call is not None
-    call = op.call
-    shape, sizes = op.ins[0].shape, op.ins[1].shape
-    cut = {d: axes for d, axes in enumerate(split.ins[0].dims) if axes and shape[d] != sizes[d]}
-    if not cut:
-        return call
-
-    def local(operand: Any, update: Any, *starts: Any, **_: Any) -> Any:
-        """Writes to the window of the shard that is nearest the update what of it falls there."""
-        begin = list(_clamped_starts(starts, shape, sizes))
-        falls: Any = jnp.bool_(True)
-        for d, names in cut.items():
-            block = operand.shape[d]
-            size = min(sizes[d], block)
-            start = begin[d] - (lax.axis_index(names) * block).astype(begin[d].dtype)
-            begin[d] = jnp.clip(start, 0, block - size)
-            row = begin[d] - start + jnp.arange(size)  # of the update
-            update = jnp.take(update, jnp.clip(row, 0, sizes[d] - 1), axis=d)
-            inside = (row >= 0) & (row < sizes[d])
-            falls &= inside.reshape([-1 if e == d else 1 for e in range(update.ndim)])
-        old = lax.dynamic_slice(operand, begin, update.shape)
-        return call(operand, jnp.where(falls, update, old), *begin, **op.params)
-
-    return local
-
-
-@rule("dynamic_update_slice", call=_dynamic_update_slice_call)
-def dynamic_update_slice(op: Op) -> FactorRule:
-    """All dims of the operand pass; the update is whole where it is smaller than the operand."""
-    f = Factors()
-    operand, update = op.ins[:2]
-    dims = f.dims(operand.shape)
-    smaller: Dims = tuple(
-        factor if n == m else (f.new(m, "whole"),)
-        for n, m, factor in zip(operand.shape, update.shape, dims, strict=True)
-    )
-    return f.rule(
-        [dims, smaller, *[()] * len(op.ins[2:])], [dims], linear=((0, 1),), forward=0, backward=1
-    )
+        A slice is valid if it lies within the operand, else clamped into it. A row that another
+        device holds is moved to the nearest row held here.
+        """
+        whole = self.whole
+        # A dim of size 1 for each dim of the slices whose rows are to be named.
+        new = [i for i, p in enumerate(self._named) if p in self._rows]
+        indices = jnp.expand_dims(indices, new)
+        shape = indices.shape[:-1]
+        valid = jnp.ones(shape, bool)
+        starts: dict[int, Any] = {}
+        for i, d in enumerate(whole.indexed):
+            starts[d] = clamped(indices[..., i], whole.shape[d] - whole.sizes[d])
+            valid &= starts[d] == indices[..., i]
+        own = jnp.ones(shape, bool)
+        for d, names, block in self.cut:
+            index = starts.get(d, jnp.zeros(shape, jnp.int32))
+            for i, p in enumerate(self._named):
+                if self._rows.get(p) == d:
+                    index = index + lax.broadcasted_iota(
+                        index.dtype, (*(1,) * i, whole.sizes[d], *(1,) * (len(shape) - i - 1)), i
+                    )
+            index -= (lax.axis_index(names) * block).astype(index.dtype)
+            own = own & (index >= 0) & (index < block)
+            starts[d] = jnp.clip(index, 0, block - 1)
+        parts = [starts[d] for d in self.indexed]
+        dtype = jnp.result_type(*parts)
+        shape = jnp.broadcast_shapes(*(part.shape for part in parts))
+        vectors = jnp.stack([jnp.broadcast_to(x.astype(dtype), shape) for x in parts], axis=-1)
+        return vectors, jnp.broadcast_to(own, shape), jnp.broadcast_to(valid, shape)

@@ -1,4 +1,4 @@
-"""Rules of linear algebra and FFT: batch dims pass, the dims of the problem itself stay whole."""
+"""Rules of linear algebra: batch dims pass, the dims of the problem itself stay whole."""
 
 import dataclasses
 
@@ -67,8 +67,3 @@ def symmetric_product(op: Op) -> FactorRule:
 @rule("lu_pivots_to_permutation")
 def lu_pivots_to_permutation(op: Op) -> FactorRule:
     return batched(op, core=1)
-
-
-@rule("fft")
-def fft(op: Op) -> FactorRule:
-    return batched(op, core=len(op.params["fft_lengths"]), linear=((0,),))

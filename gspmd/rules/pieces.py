@@ -38,18 +38,23 @@ def cut_all(
 
 
 def join_all(
-    outs: dict[Device, list[Words]], parts: Mapping[int, int], rule: FactorRule, sizes: list[int]
+    outs: dict[Device, list[Words]],
+    parts: Mapping[int, int],
+    rule: FactorRule,
+    sizes: list[int],
+    shapes: Sequence[tuple[int, ...]],
 ) -> list[Words]:
+    """The whole results, of the given `shapes`, from those of each device."""
     sizes = list(sizes)
     for factor, k in reversed(list(parts.items())):
         groups: dict[Device, list[list[Words]]] = {}
         for device, xs in outs.items():
             groups.setdefault(device[:-1], []).append(xs)
-        n = rule.sizes[factor]
+        n, kind = rule.sizes[factor], rule.kinds[factor]
         outs = {
             device: [
-                join(pieces, dims, sizes, factor, n, rule.kinds[factor])
-                for dims, *pieces in zip(rule.outs, *results, strict=True)
+                join(pieces, dims, sizes, factor, _extent(dims, shape, factor, n), kind)
+                for dims, shape, *pieces in zip(rule.outs, shapes, *results, strict=True)
             ]
             for device, results in groups.items()
         }
@@ -68,6 +73,12 @@ def _place(dims: Dims, sizes: Sequence[int], factor: int) -> tuple[int, int, int
     return None
 
 
+def _extent(dims: Dims, shape: Sequence[int], factor: int, size: int) -> int:
+    """The size of a factor in one tensor: dims that exchange entries may differ in it."""
+    own = [n for factors, n in zip(dims, shape, strict=False) if factors == (factor,)]
+    return own[0] if own else size
+
+
 def cut(
     x: Words, dims: Dims, sizes: Sequence[int], factor: int, parts: int, filler: Any
 ) -> list[Words]:
@@ -76,7 +87,7 @@ def cut(
     if place is None:
         return [x] * parts
     dim, major, minor = place
-    n = sizes[factor]
+    n = _extent(dims, x.shape, factor, sizes[factor])
     block = -(-n // parts)
     x = x.reshape(*x.shape[:dim], major, n, minor, *x.shape[dim + 1 :])
     widths = [(0, block * parts - n if d == dim + 1 else 0) for d in range(x.ndim)]
@@ -96,7 +107,8 @@ def join(
         assert all(equal(p, pieces[0]) for p in pieces), "the pieces of a whole result differ"
         return pieces[0]
     dim, major, minor = place
-    split = [p.reshape(*p.shape[:dim], major, -1, minor, *p.shape[dim + 1 :]) for p in pieces]
+    block = pieces[0].shape[dim] // (major * minor)
+    split = [p.reshape(*p.shape[:dim], major, block, minor, *p.shape[dim + 1 :]) for p in pieces]
     x = np.concatenate(split, dim + 1)
     x = x[(slice(None),) * (dim + 1) + (slice(n),)]
     return x.reshape(*x.shape[:dim], major * n * minor, *x.shape[dim + 3 :])

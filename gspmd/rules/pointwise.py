@@ -48,7 +48,7 @@ def nary(op: Op) -> FactorRule:
     return pointwise(op)
 
 
-@rule("conj", "copy", "imag", "name", "neg", "real", "stop_gradient")
+@rule("conj", "copy", "imag", "name", "neg", "real", "stop_gradient", "layout_constraint")
 def linear_unary(op: Op) -> FactorRule:
     return pointwise(op, linear=((0,),))
 
@@ -126,6 +126,6 @@ def shard_alike(op: Op) -> FactorRule:
     return pointwise(op)
 
 
-@rule("threefry2x32", "random_fold_in", "random_seed", "random_clone")
+@rule("threefry2x32", "threefry4x32", "philox2x32", "philox4x32", "random_seed", "random_clone")
 def keys(op: Op) -> FactorRule:
     return pointwise(op)

@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import primitives
-from jax.extend.random import threefry2x32_p
+from jax.extend.random import threefry2x32_p, threefry_prng_impl
 
+from gspmd._compat import generator_primitive
 from gspmd.ir import Op, Value
 from gspmd.rules.cases import Case, Sample
+from gspmd.rules.stretch import stretches_of
 
 
 def floats(*shape: int, low: float = -1.0, high: float = 1.0, dtype: Any = np.float32) -> Any:
@@ -58,6 +61,8 @@ def _unary() -> Iterator[Sample | Case]:
     yield Sample("acosh", lax.acosh, (1 + positive,))
     yield Sample("integer_pow", lambda x: lax.integer_pow(x, 3), (positive,))
     yield Sample("reduce_precision", lambda x: lax.reduce_precision(x, 5, 7), (positive,))
+    layout = Layout(major_to_minor=(1, 0))
+    yield Sample("layout_constraint", lambda x: with_layout_constraint(x, layout), (floats(4, 5),))
     yield Sample("copy", lambda x: jnp.array(x, copy=True), (positive,))
     yield Sample("name", lambda x: checkpoint_name(x, "x"), (positive,))
     z = floats(5) + 1j * floats(5, low=0.0)
@@ -136,6 +141,26 @@ def _shard_alike(x: Any, y: Any) -> Any:
 # --- contractions
 
 
+def _scaled_dots() -> Iterator[Sample]:
+    f8 = jnp.float8_e4m3fn
+    lhs, rhs = (floats(2, n, 93, low=-4.0, high=4.0, dtype=f8) for n in (5, 6))
+
+    def scale(*shape: int) -> Any:
+        return (2.0 ** ints(*shape, low=-2, high=3)).astype(jnp.float8_e8m0fnu)
+
+    for left, right in (
+        (scale(2, 5, 3), scale(2, 6, 3)), (scale(2, 5, 3), None), (scale(2, 5, 3), scale(2, 6, 31)),
+    ):  # fmt: skip
+        product = functools.partial(
+            lax.scaled_dot,
+            lhs_scale=left,
+            rhs_scale=right,
+            dimension_numbers=(((2,), (2,)), ((0,), (0,))),
+            preferred_element_type=np.float32,
+        )
+        yield Sample("scaled_dot", product, (lhs, rhs))
+
+
 def _contractions() -> Iterator[Sample | Case]:
     dot = functools.partial(Sample, "dot_general")
     yield dot(jnp.matmul, (floats(4, 5), floats(5, 3)))
@@ -144,6 +169,7 @@ def _contractions() -> Iterator[Sample | Case]:
     )
     yield dot(lambda a, b: jnp.einsum("kil,lbk->bi", a, b), (floats(4, 3, 5), floats(5, 2, 4)))
     yield dot(lambda a, b: lax.dot_general(a, b, (((), ()), ((), ()))), (floats(4), floats(5)))
+    yield from _scaled_dots()
     sizes = np.array([1, 3, 2], np.int32)
     ragged = functools.partial(Sample, "ragged_dot_general")
     yield ragged(lax.ragged_dot, (floats(6, 4), floats(3, 4, 5), sizes))
@@ -152,11 +178,13 @@ def _contractions() -> Iterator[Sample | Case]:
         lambda a, b, n: lax.ragged_dot_general(a, b, n, over), (floats(6, 4), floats(6, 5), sizes)
     )
 
+    same: dict[str, Any] = {"window_strides": (1, 1), "padding": "SAME"}
+
     def conv(lhs: Any, rhs: Any, layout: tuple[str, str, str], **options: Any) -> Sample:
         return Sample(
             "conv_general_dilated",
             lambda a, b: lax.conv_general_dilated(
-                a, b, (1, 1), "SAME", dimension_numbers=layout, **options
+                a, b, dimension_numbers=layout, **{**same, **options}
             ),
             (lhs, rhs),
         )
@@ -166,6 +194,12 @@ def _contractions() -> Iterator[Sample | Case]:
     nhwc = ("NHWC", "HWIO", "NHWC")
     yield conv(floats(5, 6, 6, 4), floats(3, 3, 2, 6), nhwc, feature_group_count=2)
     yield conv(floats(4, 6, 6, 3), floats(3, 3, 3, 6), nhwc, batch_group_count=2)
+    yield conv(
+        floats(2, 11, 9, 3), floats(3, 2, 3, 2), nhwc, window_strides=(2, 1),
+        padding=((3, 1), (-1, 5)), lhs_dilation=(3, 2), rhs_dilation=(2, 4),
+    )  # fmt: skip
+    # The gradient of a kernel: the window is larger than the result.
+    yield conv(floats(2, 11, 9, 3), floats(9, 7, 3, 2), nhwc, padding="VALID", rhs_dilation=(1, 1))
 
 
 # --- reductions
@@ -213,12 +247,31 @@ def _windows() -> Iterator[Sample | Case]:
         )
     yield Sample("reduce_window", lambda x: lax.reduce_window(x, 1.5, lax.add, *pool), (x,))
 
-    def max_pool(x: Any) -> Any:
+    line = floats(3, 13)
+    for window, stride, padding in ((3, 1, (1, 1)), (2, 5, (0, 0)), (9, 2, (8, 3))):
+        how: Any = {"window_dimensions": (1, window), "window_strides": (1, stride)}
+        how["padding"] = ((0, 0), padding)
+
+        def max_pool(x: Any, how: Any = how) -> Any:
+            return lax.reduce_window(x, -jnp.inf, lax.max, **how)
+
+        yield Sample("reduce_window_max", max_pool, (line,))
+        dilated = how | {"base_dilation": (1, 3), "window_dilation": (1, 2)}
+        yield Sample(
+            "reduce_window_sum",
+            lambda x, d=dilated: lax.reduce_window(x, 0.0, lax.add, **d),
+            (line,),
+        )
+        yield Sample(
+            "select_and_scatter_add", lambda x, p=max_pool: jax.vjp(p, x)[1](p(x)), (line,)
+        )
+
+    def halves(x: Any) -> Any:
         return lax.reduce_window(x, -jnp.inf, lax.max, *pool)
 
-    yield Sample("select_and_scatter_add", lambda x: jax.vjp(max_pool, x)[1](max_pool(x)), (x,))
-    yield Sample("select_and_gather_add", lambda x: jax.jvp(max_pool, (x,), (2 * x,)), (x,))
-    yield Sample("select_and_scatter", _select_and_scatter, (x, max_pool(x)))
+    yield Sample("select_and_scatter_add", lambda x: jax.vjp(halves, x)[1](halves(x)), (x,))
+    yield Sample("select_and_gather_add", lambda x: jax.jvp(halves, (x,), (2 * x,)), (x,))
+    yield Sample("select_and_scatter", _select_and_scatter, (x, halves(x)))
 
 
 def _select_and_scatter(x: Any, source: Any) -> Any:
@@ -278,8 +331,28 @@ def _slices() -> Iterator[Sample | Case]:
     yield Sample(
         "pad", lambda x: lax.pad(x, np.float32(0), ((0, 0, 0), (1, 0, 1), (0, 0, 0))), (x,)
     )
+    line = floats(29, 3)
+    yield Sample("slice", lambda x: x[5:22], (line,))
+    yield Sample("slice", lambda x: x[2:29:3], (line,))
+    for low, high, inside in ((20, 1, 0), (-9, 30, 0), (3, -2, 2), (-4, -4, 1)):
+        config = ((low, high, inside), (0, 0, 0))
+        yield Sample("pad", lambda x, c=config: lax.pad(x, np.float32(7), c), (line,))
+    yield Sample("tile", lambda x: lax.tile(x, (3, 1)), (line,))
+    yield Sample("rev", lambda x: lax.rev(x, (0,)), (line,))
+    yield Sample("concatenate", lambda x, y: lax.concatenate([x, y, x], 0), (line, floats(4, 3)))
+    yield Sample("split", lambda x: lax.split(x, (9, 0, 20)), (line,))
+    yield _splice(line, floats(4, 3))
     padding = ((1, 0, 0), (2, -1, 0), (0, 0, 0))
     yield Sample("pad", lambda x, y: lax.pad(x, y, padding), (x, np.float32(2)))
+
+
+def _splice(x: Any, y: Any) -> Case:
+    """Stretches of two operands, one of them twice: nothing in JAX, so the op is written out."""
+    stretches = ((0, 20, 29), (1, 1, 4), (0, 0, 13))
+    values = [Value(i, n, np.dtype(np.float32)) for i, n in enumerate((x.shape, y.shape, (25, 3)))]
+    params = {"dimension": 0, "stretches": stretches}
+    op = Op("splice", tuple(values[:2]), tuple(values[2:]), params, call=stretches_of)
+    return Case(op, (x, y))
 
 
 # --- indexing
@@ -305,13 +378,26 @@ def _gathers() -> Iterator[Sample | Case]:
     points = lax.GatherDimensionNumbers((), (0, 1), (1, 0))
     yield gather(table, ints(5, 2, low=-1, high=7), points, (1, 1))
     yield gather(table, ints(5, 2, low=-1, high=7), points, (1, 1), "clip")
-    kept = lax.GatherDimensionNumbers((1, 2), (), (0,))  # the row dim stays, of size 1
+    kept = lax.GatherDimensionNumbers((1, 2), (), (0,))  # the row dim stays
     yield gather(table, ints(4, 1, high=9), kept, (1, 5))
-    yield gather(table, ints(4, 1, high=9), kept, (2, 5), "clip")  # two rows at a time
+    for mode in ("fill", "clip"):  # several rows at a time, more than a shard holds
+        yield gather(table, ints(4, 1, low=-2, high=7), kept, (2, 5), mode)
+        yield gather(table, ints(4, 1, low=-2, high=7), kept, (5, 5), mode)
+    ahead = lax.GatherDimensionNumbers((0, 1), (), (1,))  # a start in one dim, not in the other
+    yield gather(table, ints(5, 1, low=-1, high=5, dtype=np.int8), ahead, (4, 3))
     full = lax.GatherDimensionNumbers((1,), (0,), (0, 1))  # a full slice, sometimes out of bounds
     yield gather(table, ints(4, 2, high=2), full, (1, 5))
     along = lax.GatherDimensionNumbers((), (1,), (1,), (0,), (0,))
     yield gather(table, ints(7, 3, 1, low=-1, high=7), along, (1, 1))
+    stretch = lax.GatherDimensionNumbers((1,), (), (1,), (0,), (1,))
+    yield gather(table, ints(3, 7, 1, low=-1, high=5, dtype=np.uint16), stretch, (1, 3), "clip")
+    keys, nowhere = jax.random.split(jax.random.key(3), 7), ints(4, 1, low=-1, high=9)
+    point = lax.GatherDimensionNumbers((), (0,), (0,))
+    yield gather(keys, nowhere, point, (1,))
+    yield gather(keys, nowhere, point, (1,), "clip")
+    narrow = floats(7, 5).astype(jnp.float8_e4m3fn)
+    yield Sample("gather", lambda x, i: take(x, i, "fill", 0), (narrow, rows))
+    yield Sample("gather", lambda x, i: take(x, i, "clip"), (ints(7, 5).astype(jnp.int4), rows))
 
 
 def _scatters() -> Iterator[Sample | Case]:
@@ -343,10 +429,29 @@ def _scatters() -> Iterator[Sample | Case]:
     yield scatter("scatter-add", lax.scatter_add, (table, ints(5, 2), floats(5)), points)
     kept = lax.ScatterDimensionNumbers((1, 2), (), (0,))
     yield scatter("scatter-add", lax.scatter_add, (table, ints(4, 1), floats(4, 1, 5)), kept)
-    yield scatter("scatter-add", lax.scatter_add, (table, ints(4, 1), floats(4, 2, 3)), kept)
+    starts = ints(4, 1, low=-1, high=6, dtype=np.int8)
+    for mode in ("drop", "clip"):
+        for name, fn in (("scatter-add", lax.scatter_add), ("scatter-max", lax.scatter_max)):
+            for taken in (2, 5):
+                yield scatter(name, fn, (table, starts, floats(4, taken, 3)), kept, mode=mode)
+    apart = (table, np.array([[0], [5], [3]], np.int32), floats(3, 2, 5))
+    yield scatter("scatter", lax.scatter, apart, kept, unique_indices=True)
+    middle = lax.ScatterDimensionNumbers((0, 2), (), (1,))
+    yield scatter("scatter-mul", lax.scatter_mul, (table, ints(4, 1), floats(2, 4, 3)), middle)
     along = lax.ScatterDimensionNumbers((), (1,), (1,), (0,), (0,))
     yield scatter("scatter-add", lax.scatter_add, (table, ints(7, 3, 1), floats(7, 3)), along)
     yield scatter("scatter", lax.scatter, (table, ints(7, 1, 1), floats(7, 1)), along)
+    one = lax.ScatterDimensionNumbers((), (0,), (0,))
+    numbered = (bools(7), ints(6, 1, high=250, dtype=np.uint8), bools(6))
+    yield scatter("scatter-max", lax.scatter_max, numbered, one, mode="clip")
+    yield scatter("scatter-min", lax.scatter_min, numbered, one)
+    keys = jax.random.split(jax.random.key(3), 9)
+    yield scatter("scatter", lax.scatter, (keys[:7], np.array([[2], [-1], [6]]), keys[6:]), one)
+    yield Sample(
+        "scatter",
+        lambda x, i: lax.scatter_apply(x, i, jnp.tanh, kept, update_shape=(4, 2, 5)),
+        (table, starts),
+    )
 
 
 def _dynamic_slices() -> Iterator[Sample | Case]:
@@ -364,6 +469,15 @@ def _dynamic_slices() -> Iterator[Sample | Case]:
         )
     unsigned = (bools(9), np.uint8(200))
     yield Sample("dynamic_slice", lambda x, i: lax.dynamic_slice(x, (i,), (2,)), unsigned)
+    keys, start = jax.random.split(jax.random.key(3), 7), np.int16(4)
+    yield Sample("dynamic_slice", lambda x, i: lax.dynamic_slice(x, (i,), (5,)), (keys, start))
+    yield Sample(
+        "dynamic_update_slice",
+        lambda x, y, i: lax.dynamic_update_slice(x, y, (i,)),
+        (keys, keys[3:5], start),
+    )
+    corner = (floats(7, 6), np.int8(3), np.int8(-1))
+    yield Sample("dynamic_slice", lambda x, *i: lax.dynamic_slice(x, i, (4, 5)), corner)
 
 
 # --- random numbers
@@ -371,26 +485,36 @@ def _dynamic_slices() -> Iterator[Sample | Case]:
 
 def _random() -> Iterator[Sample | Case]:
     key, keys = jax.random.key(7), jax.random.split(jax.random.key(8), 5)
-    rbg = jax.random.key(7, impl="rbg")
-    yield Sample("random_bits", lambda k: jax.random.bits(k, (4, 5)), (rbg,))
+    newer = {"threefry4x32": 8, "philox2x32": 3, "philox4x32": 6}  # than the oldest JAX that works
+    hashes = {"threefry2x32": (threefry2x32_p, 4)}
+    hashes |= {x: (p, n) for x, n in newer.items() if (p := generator_primitive(x))}
+    for generator in (*hashes, "rbg", "unsafe_rbg"):
+        one = jax.random.key(7, impl=generator)
+        many = jax.random.split(one, 5)
+        yield Sample("random_bits", lambda k: jax.random.bits(k, (4, 5)), (one,))
+        yield Sample("random_bits", jax.vmap(lambda k: jax.random.bits(k, (3, 4))), (many,))
+        yield Sample("random_split", jax.vmap(jax.random.split), (many,))
+        data = np.arange(5, dtype="u4")
+        yield Sample("random_fold_in", jax.vmap(jax.random.fold_in), (many, data))
+        seed = functools.partial(jax.random.key, impl=generator)
+        yield Sample("random_seed", jax.vmap(seed), (np.arange(5),))
     for dtype in (np.uint8, np.uint16, np.uint32):
         yield Sample("random_bits", lambda k, t=dtype: jax.random.bits(k, (4, 5, 3), t), (key,))
-    yield Sample("random_bits", jax.vmap(lambda k: jax.random.bits(k, (3, 4))), (keys,))
     yield Sample("random_split", lambda k: jax.random.split(k, 3), (key,))
-    yield Sample("random_split", jax.vmap(jax.random.split), (keys,))
-    yield Sample("random_fold_in", jax.vmap(jax.random.fold_in), (keys, np.arange(5, dtype="u4")))
     yield Sample(
         "random_fold_in", lambda k: jax.vmap(lambda k: jax.random.fold_in(k, 3))(k), (keys,)
     )
-    yield Sample("random_seed", jax.vmap(jax.random.key), (np.arange(5),))
     yield Sample("random_wrap", jax.random.wrap_key_data, (jax.random.key_data(keys),))
     yield Sample("random_unwrap", jax.random.key_data, (keys,))
     yield Sample("random_clone", jax.random.clone, (keys,))
     alpha = floats(5, 4, low=0.5)
     yield Sample("random_gamma", jax.random.gamma, (key, alpha))
     yield Sample("random_gamma", jax.vmap(jax.random.gamma), (keys, alpha))
-    words = [ints(4, 5, high=2**31 - 1, dtype=np.uint32) for _ in range(4)]
-    yield Sample("threefry2x32", threefry2x32_p.bind, tuple(words))
+    words = tuple(ints(4, 5, high=2**31 - 1, dtype=np.uint32) for _ in range(8))
+    for name, (primitive, count) in hashes.items():
+        yield Sample(name, primitive.bind, words[:count])
+    bits = threefry_prng_impl.random_bits
+    yield Sample("iota_2x32_shape", lambda k: bits(k, 32, (5, 6)), (np.arange(2, dtype="u4"),))
     state = np.arange(4, dtype=np.uint32)
     yield Sample("rng_bit_generator", lambda k: lax.rng_bit_generator(k, (4, 5)), (state,))
     yield Sample("rng_uniform", lambda a, b: primitives.rng_uniform_p.bind(a, b, shape=(4, 5)),
@@ -403,8 +527,19 @@ def _random() -> Iterator[Sample | Case]:
 def _order() -> Iterator[Sample | Case]:
     x = floats(4, 5, 6)
     yield Sample("sort", lambda x, y: lax.sort((x, y), dimension=1), (x, np.flip(x)))
+    yield Sample("sort", lambda x: lax.sort(x), (ints(17),))
+    zeros = np.array([0.0, -0.0, 2, -0.0, np.nan, 0.0, -np.inf, 1, -0.0, np.inf, -1], np.float32)
+    order = np.arange(11, dtype=np.int32)
+    yield Sample("sort", lambda x, y: lax.sort((x, y), num_keys=1), (zeros, order))
+    yield Sample("sort", lambda x, y: lax.sort((x, y), num_keys=2), (ints(11, high=3), zeros))
     yield Sample("top_k", lambda x: lax.top_k(x, 2), (x,))
     yield Sample("top_k", lambda x: lax.top_k(x, 2, axis=1), (x,))
+    yield Sample("top_k", lambda x: lax.top_k(x, 9), (zeros,))
+    for name, fn in (("argmax", lax.argmax), ("argmin", lax.argmin)):
+        yield Sample(name, lambda x, fn=fn: fn(x, 0, np.int32), (zeros,))
+        yield Sample(name, lambda x, fn=fn: fn(x, 0, np.uint8), (zeros[5:],))
+    for name, fn in (("cumlogsumexp", lax.cumlogsumexp), ("cummin", lax.cummin)):
+        yield Sample(name, lambda x, fn=fn: fn(x, reverse=True), (zeros[5:],))
     yield Sample("approx_top_k", lambda x: lax.approx_max_k(x, 2), (x,))
 
 

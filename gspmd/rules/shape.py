@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from gspmd.ir import Literal, Op
+from gspmd.ir import Op
 from gspmd.rules.factor import Dims, FactorRule, Factors, Split, gathered, rule
 
 
@@ -118,12 +118,6 @@ class _Walk:
             self.todo.append((dim, rest // size))
 
 
-@rule("concatenate")
-def concatenate(op: Op) -> FactorRule:
-    together = tuple(range(len(op.ins)))
-    return tied(op, {op.params["dimension"]}, linear=(together,), forward=0, backward=1)
-
-
 @rule("stack")
 def stack(op: Op) -> FactorRule:
     f = Factors()
@@ -141,73 +135,6 @@ def unstack(op: Op) -> FactorRule:
     dims = f.dims(op.outs[0].shape)
     operand = (*dims[:axis], (f.new(len(op.outs), "whole"),), *dims[axis:])
     return f.rule([operand], [dims] * len(op.outs), linear=((0,),))
-
-
-@rule("split")
-def split(op: Op) -> FactorRule:
-    return tied(op, {op.params["axis"]}, linear=((0,),))
-
-
-@rule("tile")
-def tile(op: Op) -> FactorRule:
-    return tied(op, {d for d, n in enumerate(op.params["reps"]) if n != 1}, linear=((0,),))
-
-
-@rule("rev")
-def rev(op: Op) -> FactorRule:
-    return tied(op, op.params["dimensions"], linear=((0,),))
-
-
-@rule("pad")
-def pad(op: Op) -> FactorRule:
-    """Dims not padded pass. So do dims in which every entry gets `interior` fillers of its own.
-
-    Padding with zeros is linear in the operand alone.
-    """
-    f = Factors()
-    ins: list[tuple[int, ...]] = []
-    outs: list[tuple[int, ...]] = []
-    for n, m, (low, high, interior) in zip(
-        op.ins[0].shape, op.outs[0].shape, op.params["padding_config"], strict=True
-    ):
-        own = min(low, high) >= 0 and low + high == interior
-        ins.append((f.new(n, "pass" if own else "whole"),))
-        strided = (f.new(interior + 1, "whole"),) if interior else ()
-        outs.append((*ins[-1], *strided) if own else (f.new(m, "whole"),))
-    filler = op.ins[1]
-    zero = isinstance(filler, Literal) and filler.value == 0
-    return f.rule([tuple(ins), ()], [tuple(outs)], linear=((0,),) if zero else ((0, 1),))
-
-
-def _slice_params(op: Op, split: Split) -> dict[str, Any]:
-    """Dims that pass now end where the shard ends."""
-    limits = tuple(
-        local if passes else limit
-        for local, passes, limit in zip(
-            split.in_shapes[0], _sliced_evenly(op), op.params["limit_indices"], strict=True
-        )
-    )
-    return {**op.params, "limit_indices": limits}
-
-
-def _sliced_evenly(op: Op) -> list[bool]:
-    """Per dim, whether the slice takes one entry out of every `stride` entries."""
-    strides = op.params["strides"] or (1,) * len(op.ins[0].shape)
-    sizes = zip(op.ins[0].shape, op.outs[0].shape, strides, strict=True)
-    return [m * stride == n for n, m, stride in sizes]
-
-
-@rule("slice", params=_slice_params)
-def slice_(op: Op) -> FactorRule:
-    """Dims kept in full pass; so do dims of which one entry in n is kept, `(a n) -> a`."""
-    f = Factors()
-    ins: list[tuple[int, ...]] = []
-    outs: list[tuple[int, ...]] = []
-    for n, m, passes in zip(op.ins[0].shape, op.outs[0].shape, _sliced_evenly(op), strict=True):
-        outs.append((f.new(m, "pass" if passes else "whole"),))
-        strided = (f.new(n // m, "whole"),) if passes and n != m else ()
-        ins.append((*outs[-1], *strided) if passes else (f.new(n, "whole"),))
-    return f.rule([tuple(ins)], [tuple(outs)], linear=((0,),))
 
 
 def _iota_call(op: Op, split: Split) -> Callable[..., Any]:
