@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-test ## install, then train a small Transformer on 8 si
 test: $(VENV)/.installed-test $(VENV)/.installed-tpu ## install, then run the tests on all cores
 	$(PYTEST) $(ARGS)
 
-test-all: $(VENV)/.installed-test $(VENV)/.installed-tpu ## the same with the exhaustive tests
+test-all: $(VENV)/.installed-test $(VENV)/.installed-tpu ## the same with the exhaustive tests, and the table of primitives
 	$(PYTEST) -m "" $(ARGS)
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## ruff, its formatter, and pyright
