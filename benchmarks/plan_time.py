@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from table import Table, show
 
 import gspmd
 from gspmd.evaluate import evaluate
@@ -48,14 +49,6 @@ SMALL = dataclasses.replace(
 COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_async_collective_fusion": False}}
 # For a trial run of this script only.
 QUICK_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-class Table(NamedTuple):
-    """Rows of text under a title; the last column says whether a target is met."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 class Step(NamedTuple):
@@ -277,28 +270,6 @@ def _in_subprocess(platform: str, mesh: Mapping[str, int], small: bool) -> dict[
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-# ------------------------------------------------------------------------------------------- output
-
-
-def show(table: Table) -> None:
-    """Prints `table`: with rich where it is installed, in plain columns where it is not."""
-    try:
-        from rich.console import Console
-        from rich.table import Table as RichTable
-    except ModuleNotFoundError:
-        widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
-        print(f"\n{table.title}")
-        for row in (table.columns, *table.rows):
-            print("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip())
-        return
-    drawn = RichTable(title=table.title, title_justify="left", box=None, pad_edge=False)
-    for i, column in enumerate(table.columns):
-        drawn.add_column(column, justify="left" if i in (0, len(table.columns) - 1) else "right")
-    for row in table.rows:
-        drawn.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print("", drawn)
 
 
 def main() -> None:
