@@ -17,6 +17,7 @@ from gspmd.ir import COLLECTIVES, Layout, Op, Program, Value, verify
 from gspmd.optimize import PASSES, Pass, optimize
 from gspmd.optimize.combine import SMALL, combine
 from gspmd.optimize.drop_unused import drop_unused
+from gspmd.optimize.hoist import ROOM, hoist
 from gspmd.optimize.scatter import scatter
 from gspmd.optimize.share import share
 from gspmd.partition import partition
@@ -126,7 +127,42 @@ def one_sum_of_another(b: Builder) -> Program:
     return b.done(paid(b, again))
 
 
+def a_gather_in_each_step(length: int, rows: int = 8) -> Callable[[Builder], Program]:
+    def build(b: Builder) -> Program:
+        w, total = b.arg("w", (rows,), "x"), b.arg("total", (rows,), "")
+        weight, carry = b.value((rows,), (("x",),)), b.value((rows,), ((),))
+        whole = b.value((rows,), ((),))
+        step = [Op("all_gather", (weight,), (whole,), {"axes": ("x",), "dim": 0})]
+        grown = b.value((rows,), ((),))
+        step.append(Op("add", (carry, whole), (grown,), call=lambda x, y: x + y))
+        body = Program((weight, carry), tuple(step), (grown,))
+        out = b.value((rows,), ((),))
+        params = {"num_consts": 1, "num_carry": 1, "length": length, "reverse": False, "unroll": 1}
+        b.ops.append(Op("scan", (w, total), (out,), params, bodies=(body,)))
+        return b.done(out)
+
+    return build
+
+
 CASES: dict[str, tuple[Pass, Callable[[Builder], Program], str]] = {
+    "hoist sends before a loop what stays the same in it": (hoist, a_gather_in_each_step(3), """
+        program (w: f32[8@x], total: f32[8])
+          #1 %0: f32[8] = all_gather[x][dim=0] w
+          %1: f32[8] = scan[length=3] w, %0, total
+            body (%2: f32[8@x], %3: f32[8], %4: f32[8])
+              %5: f32[8] = add %4, %3
+              return %5
+          return %1
+        """),
+    "hoist leaves a single step alone": (hoist, a_gather_in_each_step(1), """
+        program (w: f32[8@x], total: f32[8])
+          %0: f32[8] = scan[length=1] w, total
+            body (%1: f32[8@x], %2: f32[8])
+              #1 %3: f32[8] = all_gather[x][dim=0] %1
+              %4: f32[8] = add %2, %3
+              return %4
+          return %0
+        """),
     "share merges two gathers of one value": (share, gathered_twice, """
         program (w: f32[8@x])
           #1 %0: f32[8] = all_gather[x][dim=0] w
@@ -229,6 +265,14 @@ def test_large_sums_travel_alone() -> None:
 
     before = two(Builder(X4))
     assert show(combine(before, X4)) == show(before)
+
+
+def test_what_a_loop_has_no_room_for_stays_inside() -> None:
+    rows = ROOM // 3 // 4 * 4 + 4  # three quarters arrive
+    before = a_gather_in_each_step(3, rows)(Builder(X4))
+    assert show(hoist(before, X4)) == show(before)
+    smaller = a_gather_in_each_step(3, rows - 8)(Builder(X4))
+    assert total_wire_bytes(hoist(smaller, X4), X4) == total_wire_bytes(smaller, X4) / 3
 
 
 def test_passes_reach_into_bodies() -> None:

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from gspmd.ir import Program, verify
 from gspmd.optimize.combine import combine
 from gspmd.optimize.drop_unused import drop_unused
+from gspmd.optimize.hoist import hoist
 from gspmd.optimize.scatter import scatter
 from gspmd.optimize.share import share
 from gspmd.sharding import Mesh
 
 Pass = Callable[[Program, Mesh], Program]
 
-PASSES: tuple[Pass, ...] = (share, scatter, drop_unused, combine)
+PASSES: tuple[Pass, ...] = (hoist, share, scatter, drop_unused, combine)
 
 
 def optimize(program: Program, mesh: Mesh, passes: tuple[Pass, ...] = PASSES) -> Program:

@@ -39,9 +39,14 @@ def share(program: Program, mesh: Mesh) -> Program:
     return dataclasses.replace(program, ops=tuple(ops), outs=tuple(map(new, program.outs)))
 
 
+def is_pure(op: Op) -> bool:
+    """Whether `op` gives the same whenever it runs, and does nothing else."""
+    return not op.effects and op.name not in STATEFUL
+
+
 def _key(op: Op) -> Hashable | None:
     """What makes two ops equal; None for an op that must not be merged."""
-    if op.bodies or op.effects or op.name in STATEFUL:
+    if op.bodies or not is_pure(op):
         return None
     operands = tuple(x if isinstance(x, Value) else _literal(x.value, x.dtype) for x in op.ins)
     types = tuple((x.shape, x.dtype, x.layout) for x in op.outs)

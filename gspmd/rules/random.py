@@ -97,7 +97,9 @@ def _hashed(op: Op, keys: Any, whole: Sequence[int], local: Sequence[int], axes:
     """What the generator makes of each of `keys` and the local part of the counts to `whole`."""
     words = jax.random.key_data(keys)
     shape, dims = (*keys.shape, *local), range(keys.ndim)
-    key = [_spread(words[..., i], shape, dims) for i in range(words.shape[-1])]
+    key = [words[..., i] for i in range(words.shape[-1])]
+    if keys.ndim:  # a single key's words stay scalars, lest loops over the rounds carry arrays
+        key = [_spread(word, shape, dims) for word in key]
     counts = flat_positions(whole, local, axes)
     high, low = (_spread(x, shape, range(keys.ndim, len(shape))) for x in counts)
     return _HASHES[str(op.ins[0].dtype)](key, high, low)
