@@ -33,6 +33,7 @@ class End(NamedTuple):
     number: int
     part: str
     stage: str
+    longest: int
     why: str
 
 
@@ -46,10 +47,10 @@ def work(measure: Callable[[int, Sequence[str]], Found]) -> None:
         _tell(found=measure(number, skip))
 
 
-def doing(part: str, stage: str) -> None:
+def doing(part: str, stage: str, longest: int = LONGEST) -> None:
     """Says what comes next: a stage, such as compiling, of a part that can be skipped."""
-    signal.alarm(LONGEST)  # its default action ends the process, whatever native code it is in
-    _tell(part=part, stage=stage)
+    signal.alarm(longest)  # its default action ends the process, whatever native code it is in
+    _tell(part=part, stage=stage, longest=longest)
 
 
 def _tell(**event: Any) -> None:
@@ -83,7 +84,7 @@ def _follow(
     found: dict[int, Found],
 ) -> End | None:
     """Adds to `found` what one process measures; its end, if it dies before it is through."""
-    at: dict[str, Any] = {"number": todo[0][0], "part": "", "stage": ""}
+    at: dict[str, Any] = {"number": todo[0][0], "part": "", "stage": "", "longest": LONGEST}
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as given:
         json.dump(todo, given)
         given.seek(0)
@@ -101,7 +102,7 @@ def _follow(
                 if "found" in event:
                     found[at["number"]] = event["found"]
                 elif "number" in event:
-                    at = {"part": "", "stage": "", **event}
+                    at = {"part": "", "stage": "", "longest": LONGEST, **event}
                 else:
                     at |= event
         if not process.returncode:
@@ -109,7 +110,7 @@ def _follow(
         errors.seek(0)
         said = errors.read().strip().splitlines()
     if process.returncode == -signal.SIGALRM:
-        return End(**at, why=f"more than {LONGEST} s")
+        return End(**at, why=f"more than {at['longest']} s")
     checks = [line.partition("] ")[2] for line in said if re.match(r"F\d{4} ", line)]
     last = (checks or said[-1:] or [f"exit status {process.returncode}"])[0]
     return End(**at, why=f"the process dies: {last}")

@@ -33,12 +33,16 @@ Type = tuple[tuple[int, ...], Any]  # shape, dtype
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Choice:
-    """How an op runs: axes per factor, what its operands must be and what its results then are."""
+    """How an op runs: axes per factor, what its operands must be and what its results then are.
+
+    `optional` says that what it gathers it need not have, though at more bytes.
+    """
 
     axes: tuple[Axes, ...]
     ins: tuple[Sharding, ...]
     outs: tuple[Sharding, ...]
     wire_bytes: float
+    optional: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,23 +65,31 @@ class Situation:
     op: Op | None  # where the rule has exchanged factors, whose price depends on the op
 
 
-@functools.lru_cache(maxsize=1 << 14)
 def choose(situation: Situation) -> Choice:
     """The cheapest split of an op."""
+    return _cheapest(situation) if situation.op is not None else _cached(situation)
+
+
+def _cheapest(situation: Situation) -> Choice:
     best: tuple[float, int, int] | None = None
     chosen: Choice | None = None
+    optional = False
     for axes in _candidates(situation):
         for flow in _flows(situation, axes):
             choice = _evaluate(situation, axes, flow)
             if choice is None:
                 continue
+            optional = optional or exchanges(situation.rule, axes)
             owed = sum(len(s.partial) for s in choice.ins)
             split = situation.mesh.size(a for part in axes for a in part)
             score = (choice.wire_bytes + _work(situation, axes), -split, -owed)
             if best is None or score < best:
                 best, chosen = score, choice
     assert chosen is not None
-    return chosen
+    return dataclasses.replace(chosen, optional=optional)
+
+
+_cached = functools.lru_cache(maxsize=1 << 14)(_cheapest)
 
 
 def _work(situation: Situation, axes: tuple[Axes, ...]) -> float:

@@ -40,7 +40,7 @@ def gathered(
             for sharding in able
             for factors, held in zip(dims, sharding.dims, strict=True)
             for axis in held
-            if axis not in needs.axes and any(_is_hard(rule, f) for f in factors)
+            if axis not in needs.axes and any(_is_hard(rule, choice, f) for f in factors)
         ]
         if lost:
             axes.update(dict.fromkeys(lost))
@@ -61,9 +61,11 @@ def gathered(
     return Finding(code, f"{why}: {moved:,.0f} bytes per device gathered", op.source, moved)
 
 
-def _is_hard(rule: FactorRule, factor: int) -> bool:
-    """Whether a factor is whole, or split at a price, for want of a better strategy."""
-    return (rule.kinds[factor] == "whole" or factor in rule.exchanged) and factor not in rule.copied
+def _is_hard(rule: FactorRule, choice: Choice, factor: int) -> bool:
+    """Whether a factor is whole for want of a better strategy."""
+    if factor in rule.exchanged:
+        return not choice.optional
+    return rule.kinds[factor] == "whole" and factor not in rule.copied
 
 
 GENERATORS = ("random_bits", "random_gamma", "random_split", "rng_bit_generator", "rng_uniform")

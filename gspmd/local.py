@@ -46,6 +46,11 @@ def mask(x: jax.Array, *, axes: Axes, dim: int, size: int, reduction: str) -> ja
     return jnp.where(position < size, x, neutral_value(reduction, x.dtype))
 
 
+def relabel(x: jax.Array) -> jax.Array:
+    """`x` itself: the shard of another array, whose end lies elsewhere."""
+    return x
+
+
 def owner(x: jax.Array, *, axes: Axes) -> jax.Array:
     """`x` on the device that comes first along every one of `axes`, zeros on the others."""
     x, restore = as_words(x)

@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from jax.extend.core import primitives
-
 from gspmd import local
 from gspmd.choose import Choice, Situation, choose, exchange, exchanges, required
 from gspmd.errors import StrictError
@@ -32,7 +30,9 @@ from gspmd.ir import (
     next_id,
     values_of,
 )
-from gspmd.reshard import Step, permutation, reshard_steps
+from gspmd.reshard import reshard_steps
+from gspmd.reshard.moves import lower
+from gspmd.reshard.turns import Step
 from gspmd.rules import factor_rule
 from gspmd.rules.control import CONTROL, accumulators, ties
 from gspmd.rules.factor import REDUCTIONS, RULES, FactorRule, Split
@@ -237,7 +237,16 @@ class _Scope:
             outs = tuple(laid_out.get(x, x) for x in made.outs)
             now = [laid_out.get(x, x) if isinstance(x, Value) else x for x in made.ins]
             self.ops.append(dataclasses.replace(made, ins=tuple(now), outs=outs))
-        return [laid_out.get(x, x) for x in results]
+        return [
+            laid_out.get(mine) or self._relabeled(mine, x, made, op.source)
+            for mine, x, made in zip(results, op.outs, choice.outs, strict=True)
+        ]
+
+    def _relabeled(self, x: Value, value: Value, made: Sharding, source: Source | None) -> Value:
+        """The local operand `x` as the shard of `value`, which may end earlier or later."""
+        out = dataclasses.replace(self.state.local_value(value, made), name="")
+        self._local_op("relabel", local.relabel, x, out, {}, source, None)
+        return out
 
     def _summing(self, op: Op, rule: FactorRule, choice: Choice, axis: str) -> Op:
         """The op to which a result of `op` owes the sum over `axis`: itself, or one before it."""
@@ -314,63 +323,29 @@ class _Scope:
         self.versions[x] = {**kept, **self.versions[x]}
 
     def _step(self, value: Value, x: Value, step: Step, cause: Cause) -> Value:
-        """Emits one step of a reshard, with the padding before it and the trimming after it."""
-        mesh, shape = self.mesh, value.shape
+        """Emits the ops of one step of a reshard."""
         source = self._source(value, step, cause)
-        out = dataclasses.replace(self.state.local_value(value, step.dst), name="")
-        axes, dim = step.axes, step.dim
-        k = mesh.size(axes)
-        if step.kind == "slice":
-            params = {"axes": axes, "dim": dim, "size": x.shape[dim]}
-            self._local_op("shard", local.shard, x, out, params, source, cause)
-            return out
-        params: dict[str, Any] = {"axes": axes}
-        if step.kind == "collective_permute":
-            src, dst = permutation(step)
-            params = {"src": src, "dst": dst}
-        elif step.kind == "all_gather":
-            params["dim"] = dim
-        elif step.kind == "all_reduce":
-            params["reduction"] = step.src.reduction
-        elif step.kind == "reduce_scatter":
-            params |= {"dim": dim, "reduction": step.src.reduction}
-            x = self._pad(x, dim, out.shape[dim] * k, source, cause)
-        else:
-            params |= {"split_dim": dim, "concat_dim": step.from_dim}
-            x = self._pad(x, dim, out.shape[dim] * k, source, cause)
-        grown = {"all_gather": dim, "all_to_all": step.from_dim}.get(step.kind)
-        raw = out
-        if grown is not None:
-            padded = x.shape[grown] * k
-            if padded != out.shape[grown]:
-                local_shape = (*out.shape[:grown], padded, *out.shape[grown + 1 :])
-                raw = Value(next(self.state.ids), local_shape, value.dtype)
-        self._local_op(step.kind, None, x, raw, params, source, cause)
-        if raw is not out:
-            limits = {
-                "start_indices": (0,) * len(shape),
-                "limit_indices": out.shape,
-                "strides": None,
-            }
-            self._local_op("slice", primitives.slice_p.bind, raw, out, limits, source, cause)
+        values = [x]
+        for op in lower(step, value.shape, self.mesh):
+            ins = tuple(values[i] for i in op.ins)
+            out = Value(next(self.state.ids), op.shape, value.dtype)
+            values.append(out)
+            params = MappingProxyType(op.params)
+            self.ops.append(
+                Op(op.name, ins, (out,), params, source=source, call=op.call, cause=cause)
+            )
+        out = dataclasses.replace(values[-1], layout=Layout(value.shape, step.dst, value.id))
+        self.ops[-1] = dataclasses.replace(self.ops[-1], outs=(out,))
         return out
 
     def _source(self, value: Value, step: Step, cause: Cause) -> Source | None:
         """The line to name: where a sum arose, for a reduction; else who needs the value."""
         made_at = self.sources.get(value)
         needed_at = cause.consumer.source if cause.consumer is not None else None
-        if step.src.partial != step.dst.partial:
-            return dict(cause.sums)[step.axes[0]].source or made_at or needed_at
+        for axis in step.src.partial:
+            if axis not in step.dst.partial:
+                return dict(cause.sums)[axis].source or made_at or needed_at
         return needed_at or made_at
-
-    def _pad(self, x: Value, dim: int, size: int, source: Source | None, cause: Cause) -> Value:
-        if x.shape[dim] == size:
-            return x
-        shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
-        out = Value(next(self.state.ids), shape, x.dtype)
-        params = {"dim": dim, "size": size}
-        self._local_op("pad_to", local.pad_to, x, out, params, source, cause)
-        return out
 
     def _local_op(
         self,

@@ -48,6 +48,13 @@ def test_plan_time_prints_its_tables() -> None:
     assert re.search(r"^CPU devices, 2x4 .* (met|MISSED)", printed, re.MULTILINE)
 
 
+def test_resharding_prints_its_tables() -> None:
+    printed = run(BENCHMARKS / "resharding.py", "--quick", "--only", "2x2")
+    rows = re.findall(r"^2x2, rank [23], (?:nothing|a sum) owed .* met *$", printed, re.MULTILINE)
+    assert len(rows) == 4
+    assert "reduce_scatter, collective_permute" in printed  # a way above the bound
+
+
 def test_hlo_of_our_program_sends_what_was_planned(hlo: ModuleType) -> None:
     """A scanned MLP: XLA adds nothing to the collectives of the plan, in loops or out of them."""
 

@@ -304,6 +304,70 @@ def test_the_cause_of_an_exchange_is_told() -> None:
     assert "the spec of x" in why
 
 
+def test_what_stays_in_place_ends_where_its_own_dim_ends() -> None:
+    """Of 18 entries in shards of 5 the first 17 move nowhere, and yet are fewer."""
+
+    def fn(x: Any) -> Any:
+        return x[:17], x[:17].max(), x.max()
+
+    x = np.arange(18, dtype=np.float32)
+    plan = gspmd.plan(fn, x, mesh="x=4", in_specs=(P("x"),), out_specs=(P("x"), P(), P()))
+    assert kinds(plan) == {"all_reduce": 1}
+    agrees(plan, fn, x)
+
+
+def test_what_is_cut_off_in_place_is_cut_off_inside_of_a_branch() -> None:
+    def fn(x: Any, first: Any) -> Any:
+        return lax.cond(first, lambda x: x[:15], lambda x: x[1:], x)
+
+    x = normal(16)
+    plan = gspmd.plan(fn, x, True, mesh="x=4", in_specs=(P("x"), P()), out_specs=P("x"))
+    agrees(plan, fn, x, True)
+
+
+def test_equal_keys_stay_in_order_if_any_key_is_a_float() -> None:
+    """0.0 and -0.0 are equal keys; two devices that disagree on their order would lose one."""
+
+    def fn(major: Any, minor: Any) -> Any:
+        return jnp.signbit(lax.sort((major, minor), num_keys=2)[1])
+
+    minor = np.array([0, -0.0, 0, -0.0, -0.0, 0, -0.0, -0.0] * 16, np.float32)
+    major = np.zeros(128, np.int32)
+    plan = gspmd.plan(fn, major, minor, mesh="x=16", in_specs=(P("x"), P("x")), out_specs=P("x"))
+    assert kinds(plan) == {"collective_permute": 30}
+    agrees(plan, fn, major, minor)
+
+
+@pytest.mark.parametrize("fn", [lax.cumsum, lax.cumprod, lax.cummax, lax.cummin])
+def test_prefixes_of_numbers_narrower_than_a_byte(fn: Callable[..., Any]) -> None:
+    x = (np.arange(64) % 5 - 2).astype(jnp.int4)
+    plan = gspmd.plan(fn, x, mesh="x=4", in_specs=(P("x"),), out_specs=P("x"))
+    assert kinds(plan) == {"all_gather": 1}
+    assert plan.findings == ()
+    expected = np.asarray(jax.jit(fn)(x))
+    np.testing.assert_array_equal(plan.simulate(x), expected)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_complex_numbers_have_no_neutral_element_of_logsumexp(reverse: bool) -> None:
+    def fn(x: Any) -> Any:
+        return lax.cumlogsumexp(x, reverse=reverse)
+
+    x = (normal(9) + 1j * normal(9, seed=1)).astype(np.complex64)
+    plan = gspmd.plan(fn, x, mesh="x=4", in_specs=(P("x"),))
+    agrees(plan, fn, x)
+
+
+@pytest.mark.parametrize("shape", [(8, 0), (0, 8)])
+def test_a_reduction_of_nothing_is_its_initial_value(shape: tuple[int, ...]) -> None:
+    def fn(x: Any) -> Any:
+        return lax.reduce(x, np.float32(2), lambda a, b: a * b + a + b, (0, 1))
+
+    x = np.zeros(shape, np.float32)
+    plan = gspmd.plan(fn, x, mesh="x=4", in_specs=(P("x"),))
+    agrees(plan, fn, x)
+
+
 @pytest.mark.parametrize("name", ["same", "roll", "sort, no dim free", "one dim over two axes"])
 def test_devices_agree_with_the_simulation(name: str) -> None:
     case = CASES[name]

@@ -174,6 +174,17 @@ def test_read(name: str) -> None:
     READS[name].check()
 
 
+def test_an_update_wider_than_the_shards_of_two_dims() -> None:
+    x, u, i, j = floats(16, 8), floats(11, 7), np.int32(3), np.int32(1)
+
+    def fn(x: Any, u: Any, i: Any, j: Any) -> Any:
+        return lax.dynamic_update_slice(x, u, (i, j))
+
+    specs = (P("x", "y"), P(None, "y"), P(), P())
+    plan = gspmd.plan(fn, x, u, i, j, mesh="x=2,y=2", in_specs=specs, out_specs=P("x", "y"))
+    agrees(plan, fn, x, u, i, j)
+
+
 def test_what_other_devices_hold_does_not_leak() -> None:
     """Infinities and NaNs in the other rows, and in the row itself."""
     x = np.full((8, 3), np.nan, np.float32)

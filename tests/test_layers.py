@@ -18,7 +18,9 @@ LAYERS = (
     ("gspmd.ir", "gspmd.specs"),
     ("gspmd._compat", "gspmd.arguments", "gspmd.local", "gspmd.printing", "gspmd.uneven"),
     ("gspmd.call", "gspmd.collectives", "gspmd.exchange", "gspmd.jaxpr"),
-    ("gspmd.rules",),
+    ("gspmd.reshard.blocks",),
+    ("gspmd.reshard.turns",),
+    ("gspmd.reshard.moves", "gspmd.rules", "gspmd.reshard.ways"),
     (
         "gspmd.annotate",
         "gspmd.convert",

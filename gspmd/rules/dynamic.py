@@ -113,7 +113,7 @@ def _update_call(op: Op, split: Split) -> Callable[..., Any]:
         operand, restore = as_words(operand)
         update, _restore = as_words(update)
         begin = _starts(starts, shape, sizes)
-        falls: Any = jnp.bool_(True)
+        fall: dict[int, Any] = {}
         for d in cut:
             block = operand.shape[d]
             size = min(sizes[d], block)
@@ -121,8 +121,11 @@ def _update_call(op: Op, split: Split) -> Callable[..., Any]:
             begin[d] = jnp.clip(wanted, 0, block - size)
             shift = begin[d] - wanted
             update = _rows(update, shift, size, d)
-            row = shift + lax.broadcasted_iota(shift.dtype, update.shape, d)
-            falls &= (row >= 0) & (row < sizes[d])
+            row = shift + lax.iota(shift.dtype, size)
+            fall[d] = (row >= 0) & (row < sizes[d])
+        falls: Any = jnp.bool_(True)
+        for d, here in fall.items():
+            falls &= lax.broadcast_in_dim(here, update.shape, (d,))
         begin += [jnp.zeros_like(begin[0])] * (operand.ndim - len(begin))
         old = lax.dynamic_slice(operand, begin, update.shape)
         return restore(lax.dynamic_update_slice(operand, jnp.where(falls, update, old), begin))

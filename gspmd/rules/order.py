@@ -42,7 +42,7 @@ def _sort_partition(
     keys = op.params["num_keys"]
     # Padding sorts to the end: it gets the last of all keys, and the last positions.
     xs = [_last_beyond(b, value(x), dim, axes, n) for x in ins[:keys]]
-    if len(ins) > keys or not jnp.issubdtype(xs[0].dtype, jnp.integer):
+    if len(ins) > keys or not all(jnp.issubdtype(x.dtype, jnp.integer) for x in xs):
         # Equal keys can be told apart, -0.0 from 0.0 at least: they stay in their order.
         how = {"axes": axes, "dim": dim, "shape": xs[0].shape}
         xs += b.local("positions", _positions, [], [(xs[0].shape, INDEX)], **how)
@@ -112,8 +112,12 @@ def sort(op: Op) -> FactorRule:
 # --- top_k
 
 
-def _top_k_partition(b: Builder, op: Op, split: Split, ins: Sequence[Operand]) -> Sequence[Value]:
+def _top_k_partition(
+    b: Builder, op: Op, split: Split, ins: Sequence[Operand]
+) -> Sequence[Value] | None:
     """The k first of the k first of each shard; among equals those of the first shard."""
+    if _is_tiny(op.ins[0].dtype):
+        return None
     dim = op.params["axis"] % len(op.ins[0].shape)
     return _first_of_firsts(b, op, split, value(ins[0]), dim, _top_k, largest=True)
 
@@ -178,6 +182,11 @@ def _approx_top_k(x: Any, dim: int, k: int, largest: bool, **how: Any) -> tuple[
     return values, index
 
 
+def _is_tiny(dtype: Any) -> bool:
+    """Whether these are floats of a byte or less, some of which have no infinity, NaN or sign."""
+    return jnp.issubdtype(dtype, jnp.floating) and jax.dtypes.itemsize_bits(dtype) <= 8
+
+
 def _last(dtype: Any, largest: bool) -> Any:
     """What comes last in an order, rising or falling: a NaN, in top_k the negative one."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -212,8 +221,12 @@ def approx_top_k(op: Op) -> FactorRule:
 # --- argmax, argmin
 
 
-def _arg_partition(b: Builder, op: Op, split: Split, ins: Sequence[Operand]) -> Sequence[Value]:
+def _arg_partition(
+    b: Builder, op: Op, split: Split, ins: Sequence[Operand]
+) -> Sequence[Value] | None:
     """The extremum of the shards' extrema, then the first position that has it."""
+    if _is_tiny(op.ins[0].dtype):
+        return None
     x = value(ins[0])
     (dim,) = op.params["axes"]
     axes, n = split.ins[0].dims[dim], op.ins[0].shape[dim]
@@ -264,9 +277,13 @@ def arg_reduction(op: Op) -> FactorRule:
 # --- prefix sums and their like
 
 
-def _prefix_partition(b: Builder, op: Op, split: Split, ins: Sequence[Operand]) -> Sequence[Value]:
+def _prefix_partition(
+    b: Builder, op: Op, split: Split, ins: Sequence[Operand]
+) -> Sequence[Value] | None:
     """Each shard's own prefixes, combined with the totals of the shards before it."""
     x = value(ins[0])
+    if op.name == "cumlogsumexp" and jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return None  # the exponential of the neutral element, -inf - inf i, is NaN
     dim, reverse = op.params["axis"], op.params["reverse"]
     axes, n = split.ins[0].dims[dim], op.ins[0].shape[dim]
     if reverse:  # what lies past the end comes first
@@ -285,8 +302,8 @@ PREFIXES = {
     "cumsum": "sum", "cumprod": "prod", "cummax": "max", "cummin": "min", "cumlogsumexp": "max",
 }  # fmt: skip
 _COMBINE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "cumsum": (functools.partial(jnp.sum, keepdims=True), lax.add),
-    "cumprod": (functools.partial(jnp.prod, keepdims=True), lax.mul),
+    "cumsum": (lambda x, dim: jnp.sum(x, dim, x.dtype, keepdims=True), lax.add),
+    "cumprod": (lambda x, dim: jnp.prod(x, dim, x.dtype, keepdims=True), lax.mul),
     "cummax": (functools.partial(jnp.max, keepdims=True), lax.max),
     "cummin": (functools.partial(jnp.min, keepdims=True), lax.min),
     "cumlogsumexp": (functools.partial(jax.nn.logsumexp, keepdims=True), jnp.logaddexp),
@@ -304,7 +321,7 @@ def _carry_in(own: Any, totals: Any, *, dim: int, axes: Axes, reverse: bool, kin
     shard = lax.broadcasted_iota(np.int32, totals.shape, dim)
     before = shard > index if reverse else shard < index
     neutral = local.neutral_value(PREFIXES[kind], totals.dtype)
-    carried = reduce(jnp.where(before, totals, neutral), axis=dim).astype(own.dtype)
+    carried = reduce(jnp.where(before, totals, neutral), dim)
     return combine(own, jnp.broadcast_to(carried, own.shape))
 
 

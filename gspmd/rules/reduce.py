@@ -121,7 +121,11 @@ def reduce(op: Op) -> FactorRule:
     """n operands, then n initial scalars."""
     f = Factors()
     dims, shape = op.params["dimensions"], op.ins[0].shape
-    factors: Dims = tuple((f.new(n, exchanged=d in dims),) for d, n in enumerate(shape))
+    empty = any(shape[d] == 0 for d in dims)  # nothing to fold: the initial values are the results
+    factors: Dims = tuple(
+        (f.new(n, "whole" if d in dims and empty else "pass", d in dims and not empty),)
+        for d, n in enumerate(shape)
+    )
     kept = tuple(factor for d, factor in enumerate(factors) if d not in dims)
     ins = [factors if i < len(op.outs) else () for i in range(len(op.ins))]
     return f.rule(ins, [kept] * len(op.outs), forward=1, backward=1)

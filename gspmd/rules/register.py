@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -52,24 +53,24 @@ def register_rule(
             'name, and a text such as "i k, k j -> i j".'
         )
     here = f"register_rule({name!r})"
-    if name in RULES:
+    known = RULES.get(name)
+    if known is not None and not (isinstance(known.check, _Trial) and known.check.refuted):
         raise RuleError(
             f"{here}: this primitive has a rule already, and a rule is registered once; give a "
             "primitive of your own another name."
         )
-    if text.count("->") != 1:
-        raise RuleError(f"{here}: a factor rule has one '->', got {text!r}.")
     unknown = [option for option in options if option not in _OPTIONS]
     if unknown:
         raise RuleError(
             f"{here}: there is no option {unknown[0]!r}; there are {', '.join((*_OPTIONS, *_OWN))}."
         )
     _check_factors(name, text, options.get("kinds", {}), options.get("sizes", {}))
+    _check_options(here, options, params, example)
     factors = _reader(name, text, options)
     trial = _Trial(here, text, factors)
     if check and not isinstance(primitive, str):
         trial.at_registration(primitive, params or NO_PARAMS, example, options.get("sizes", {}))
-    RULES[name] = OpRule(factors, check=trial.at_planning)
+    RULES[name] = OpRule(factors, check=trial)
 
 
 def _reader(name: str, text: str, options: Mapping[str, Any]) -> Callable[[Op], FactorRule]:
@@ -96,14 +97,18 @@ def _reader(name: str, text: str, options: Mapping[str, Any]) -> Callable[[Op], 
 # --- is it right?
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class _Trial:
-    """Tries one rule until it has run once; `passed` says that it has."""
+    """Tries one rule until it has run once; `passed` says that it has, `refuted` that it is wrong.
+
+    A refuted rule may be registered anew.
+    """
 
     here: str
     text: str
     factors: Callable[[Op], FactorRule]
     passed: bool = False
+    refuted: bool = False
 
     def at_registration(
         self, primitive: Any, params: Mapping[str, Any], example: Any, sizes: Mapping[str, int]
@@ -132,7 +137,7 @@ class _Trial:
             except proof.CannotRun:
                 continue
 
-    def at_planning(self, op: Op) -> str:
+    def __call__(self, op: Op) -> str:
         """Tries the rule on an op of a program; returns why it cannot be tried, or nothing.
 
         Raises:
@@ -157,6 +162,7 @@ class _Trial:
     def _try(self, op: Op, words: Sequence[Any]) -> None:
         fault = proof.refute(op, self.factors(op), words)
         if fault:
+            self.refuted = True
             raise RuleError(f"{self.here}: the rule {self.text!r} is wrong: {fault}.")
         self.passed = True
 
@@ -200,9 +206,11 @@ def _show(words: Sequence[Any]) -> str:
 def _check_factors(name: str, text: str, kinds: Any, sizes: Any) -> None:
     """Raises RuleError where the parts of a user's rule do not fit each other."""
     here = f"register_rule({name!r})"
-    ins, outs = (
-        [factor for tensor in side for dim in tensor for factor in dim] for side in tensors_of(text)
-    )
+    try:
+        sides = tensors_of(text)
+    except RuleError as error:
+        raise RuleError(f"{here}: {error}") from error
+    ins, outs = ([f for tensor in side for dim in tensor for f in dim] for side in sides)
     for factor in (*ins, *outs):
         if not factor.isidentifier():
             raise RuleError(
@@ -230,3 +238,44 @@ def _check_factors(name: str, text: str, kinds: Any, sizes: Any) -> None:
                 f"{here}: factor {factor!r} has kind {kind!r}; a kind is one of "
                 f"{', '.join(_KINDS)}."
             )
+    for factor, size in cast("Mapping[str, int]", sizes).items():
+        if isinstance(size, bool) or size < 1:
+            raise RuleError(f"{here}: factor {factor!r} has size {size!r}; a size is at least 1.")
+
+
+def _check_options(here: str, options: Mapping[str, Any], params: Any, example: Any) -> None:
+    """Raises RuleError where an option is not of its form."""
+    if not _is_groups(linear := options.get("linear", ())):
+        raise RuleError(
+            f"{here}: linear={linear!r} is not of the form ((0, 1), (2,)): a tuple of operands by "
+            "number for each group in which the op is linear."
+        )
+    for option in ("forward", "backward"):
+        level = options.get(option, 0)
+        if level not in (0, 1, 2, 3):
+            raise RuleError(f"{here}: {option}={level!r} is no level of propagation, 0 to 3.")
+    if options.get("masked", True) not in (True, False):
+        raise RuleError(f"{here}: masked={options['masked']!r} is neither True nor False.")
+    if params is not None and not isinstance(params, Mapping):
+        raise RuleError(f'{here}: params={params!r} is not of the form params={{"axis": 0}}.')
+    if example is None:
+        return
+    if not isinstance(example, (tuple, list)):
+        raise RuleError(
+            f"{here}: example is of type {type(example).__name__}; give a tuple of the operands, "
+            "(x,) for one."
+        )
+    for i, x in enumerate(cast("Sequence[Any]", example)):
+        if not isinstance(x, (bool, int, float, complex, np.generic, np.ndarray, jax.Array)):
+            raise RuleError(
+                f"{here}: entry {i} of example is of type {type(x).__name__}, and the primitive "
+                "is run on it; give an array."
+            )
+
+
+def _is_groups(linear: Any) -> bool:
+    """Whether it is like ((0, 1), (2,))."""
+    return isinstance(linear, (tuple, list)) and all(
+        isinstance(group, (tuple, list)) and all(isinstance(i, int) for i in cast("Any", group))
+        for group in cast("Any", linear)
+    )

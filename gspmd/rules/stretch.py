@@ -80,7 +80,7 @@ def _own_rows(x: Any, dim: int, axes: Axes, start: int, stride: int, size: int) 
     """Entries `start + j * stride` of a split dim, zeros where another device holds them."""
     x, restore = as_words(x)
     block = x.shape[dim]
-    row = start + stride * np.arange(size) - lax.axis_index(axes) * block
+    row = start + stride * lax.iota(np.int32, size) - lax.axis_index(axes) * block
     held = lax.broadcast_in_dim(
         (row >= 0) & (row < block), (*x.shape[:dim], size, *x.shape[dim + 1 :]), (dim,)
     )
@@ -132,7 +132,7 @@ def _stretch(b: Builder, op: Op, x: Value, dim: int, axes: Axes, size: int) -> V
 
 def _thin(x: Any, *, dim: int, axes: Axes, at: Sequence[int], stride: int, size: int) -> Any:
     """This device's entries `at[device]`, one in `stride`; anything past the end of the shard."""
-    rows = jnp.asarray(mine(at, axes)) + stride * np.arange(size)
+    rows = mine(at, axes) + stride * lax.iota(np.int32, size)
     x, restore = as_words(x)
     return restore(jnp.take(x, rows, axis=dim, mode="clip"))
 
