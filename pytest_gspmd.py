@@ -5,6 +5,7 @@ It is a module of its own, for pytest loads it at each start, and `import gspmd`
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.getgroup("gspmd").addoption(
         "--gspmd-examples",
         metavar="FOLDER",
-        type=Path,
+        type=_folder,
         help="where the scripts of drawn programs that fail are written (a temporary folder)",
     )
+
+
+def _folder(text: str) -> Path:
+    """The folder `text`, which need not exist yet."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name a folder.")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,8 @@ def flatten_arguments(
     """
     if not callable(fn):
         raise TraceError(
-            f"gspmd takes a function to partition first, got {fn!r} of type {type(fn).__name__}."
+            f"gspmd takes a function to partition first, got {_shown(fn)} of type "
+            f"{type(fn).__name__}."
         )
     kwargs = dict(kwargs or {})
     static = positions(static_argnums, len(args), "static_argnums", fn)
@@ -132,12 +133,15 @@ def abstract(leaf: Any, name: str = "argument") -> jax.ShapeDtypeStruct:
         aval = jax.typeof(leaf)
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
     except (TypeError, AttributeError) as error:
-        shown = repr(leaf)
         raise TraceError(
-            f"{name} is {shown if len(shown) < 40 else 'an object'} of type "
-            f"{type(leaf).__name__}, which is no array; name its argument in static_argnums, or "
-            "close over it."
+            f"{name} is {_shown(leaf)} of type {type(leaf).__name__}, which is no array; name its "
+            "argument in static_argnums, or close over it."
         ) from error
+
+
+def _shown(x: Any) -> str:
+    text = repr(x)
+    return text if len(text) < 40 and "\n" not in text else "an object"
 
 
 def function_name(fn: Callable[..., Any]) -> str:

@@ -193,7 +193,7 @@ _ADVICE: tuple[tuple[type[Exception], str], ...] = (
 def _trace_error(fn: Callable[..., Any], error: Exception, sources: Sources) -> TraceError:
     source = sources.of_traceback(error.__traceback__)
     where = f" at {source}" if source else ""
-    said = str(error).strip().partition("\n")[0].rstrip(".")
+    said = _first_sentence(str(error).strip())
     if (
         not isinstance(error, (TypeError, ValueError, IndexError)) or not said
     ):  # its class is half the message
@@ -203,6 +203,16 @@ def _trace_error(fn: Callable[..., Any], error: Exception, sources: Sources) -> 
         advice = "name the argument in static_argnums"
     advice = f"; {advice}" if advice else ""
     return TraceError(f"{function_name(fn)} does not trace{where}: {said}{advice}.")
+
+
+def _first_sentence(text: str) -> str:
+    """The first line of a message of JAX's; after a colon, with what it announces, in one line."""
+    said, _, rest = text.partition("\n")
+    if not said.endswith(":"):
+        return said.rstrip(".")
+    below = (" ".join(part.split()) for part in rest.split("\n\n"))
+    facts = next((part for part in below if part and not part.startswith("The mesh given")), "")
+    return f"{said} {facts}".rstrip(" :.")
 
 
 def with_one_predicate(eqn: Any) -> tuple[dict[str, Any], list[int]]:

@@ -34,7 +34,7 @@ from gspmd.reshard import reshard_steps
 from gspmd.reshard.moves import lower
 from gspmd.reshard.turns import Step
 from gspmd.rules import factor_rule
-from gspmd.rules.control import CONTROL, accumulators, ties
+from gspmd.rules.control import CONTROL, accumulators, manual_axes, ties
 from gspmd.rules.factor import REDUCTIONS, RULES, FactorRule, Split
 from gspmd.rules.manual import bodies_on
 from gspmd.sharding import Axes, Mesh, Sharding
@@ -59,7 +59,7 @@ def partition(
     state = _Partitioner(shardings, mesh, _count_uses(program), itertools.count(next_id(program)))
     ins = tuple(state.local_value(v, shardings[v]) for v in program.ins)
     outs = tuple(shardings[x] if isinstance(x, Value) else None for x in program.outs)
-    made = _Scope(state).run(program, ins, outs, [f"output {i}" for i in range(len(outs))])
+    made = _Scope(state, mesh).run(program, ins, outs, [f"output {i}" for i in range(len(outs))])
     findings = tuple(dict.fromkeys(state.findings))
     costly = [finding for finding in findings if finding.bytes]
     if strict and costly:
@@ -112,9 +112,9 @@ class _Partitioner:
 class _Scope:
     """One program or body being partitioned."""
 
-    def __init__(self, state: _Partitioner) -> None:
+    def __init__(self, state: _Partitioner, mesh: Mesh) -> None:
         self.state = state
-        self.mesh = state.mesh
+        self.mesh = mesh  # without the axes of manual regions around it
         self.ops: list[Op] = []
         self.versions: dict[Value, dict[Sharding, Value]] = {}
         self.recipes: dict[Value, tuple[Op, FactorRule]] = {}
@@ -419,8 +419,9 @@ class _Scope:
     ) -> list[tuple["_Scope", Program]]:
         """The bodies of a control-flow op, partitioned, each with the scope it was done in."""
         ran: list[tuple[_Scope, Program]] = []
+        mesh = self.mesh.without(manual_axes(op, self.mesh))
         for b, body in enumerate(bodies_on(op, self.mesh)):
-            scope = _Scope(self.state)
+            scope = _Scope(self.state, mesh)
             scope.sums |= sums
             ins = [self.state.local_value(v, s) for v, s in zip(body.ins, inputs[b], strict=True)]
             ran.append((scope, scope.run(body, ins, outputs[b], roles[b], op)))

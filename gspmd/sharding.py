@@ -11,7 +11,7 @@ the last shards is padding with unspecified content (GSPMD, section 4.1 "static 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,10 @@ class Mesh:
             else:
                 renamed.append((name, k))
         return Mesh(tuple(renamed))
+
+    def without(self, axes: Collection[str]) -> "Mesh":
+        """The mesh that is left where `axes` are not to be used."""
+        return Mesh(tuple((name, k) for name, k in self.axes if name not in axes))
 
     def sub_axes(self, axis: str) -> Axes:
         """The axes of this (maybe refined) mesh which together are the user's `axis`."""

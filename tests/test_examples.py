@@ -20,6 +20,13 @@ SHOWN = {
         r"^loss (\d\.\d+) here, \1 by jax\.jit$",
         r"^largest difference in any result: (0\.0e\+00|\d\.\de-0[5-9])$",
     ],
+    "halo": [
+        r"^the network, what each device sends:$",
+        r"^  #1 collective_permute\[rows\] f32\[2,2,128,3\]: 1 x 6,144 B, forward, .*halo.py:28$",
+        r"^  #3 collective_permute\[rows\] f32\[2,1,128,16\]: .*, forward, .*halo.py:29$",
+        r"^  #12 all_reduce\[\(data,rows\)\] .* 25,536 B, backward, ",
+        r"^largest difference: (0\.0e\+00|\d\.\de-0[6-9]) of the largest entry$",
+    ],
     "pod_on_a_laptop": [
         r"^137,702,416,384 parameters, 138,334,336 on each device;",
         r"^reduce_scatter +model +\d+ +\d+\.\d\d$",

@@ -1,12 +1,14 @@
 """Comparing arrays: what another order of summation may change, and what it may not."""
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gspmd.errors import GspmdError
 from gspmd.local import is_key
 from gspmd.sharding import show_type
 
@@ -20,6 +22,13 @@ class Tolerance:
 
     rtol: float = 1e-4
     atol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name, given in dataclasses.asdict(self).items():
+            if not isinstance(given, numbers.Real) or not float(given) >= 0:
+                raise GspmdError(
+                    f"{name}={given!r}: a tolerance is a number, 0 or more, such as 1e-4."
+                )
 
     def of(self, dtype: Any, scale: float) -> float:
         """The largest error allowed where the largest entry is `scale`."""

@@ -1,7 +1,7 @@
 """The strategies themselves, for which hypothesis must be there: see `strategies`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import hypothesis.strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -12,6 +12,10 @@ from gspmd.testing.program import DrawnProgram
 
 meshes = st.composite(draw_mesh)
 specs = st.composite(draw_spec)
+
+
+def is_strategy(x: Any) -> TypeGuard[SearchStrategy[Any]]:
+    return isinstance(x, SearchStrategy)
 
 
 @st.composite

@@ -67,6 +67,7 @@ def assert_equivalent_shrunk(
       GspmdError: the function cannot be traced with the shrunken arguments, or its results are not
         finite, so that comparing them would say nothing: give `small_fn` or `small_args`.
     """
+    _check_small(small_fn, small_args)
     options: dict[str, Any] = {"in_specs": in_specs, "out_specs": out_specs, "rules": rules}
     full = plan(fn, *args, mesh=mesh, **options)
     axes = _small_mesh(full.user_mesh, small_mesh)
@@ -86,9 +87,11 @@ def assert_equivalent_shrunk(
         small = plan(run, *values, **moved)
     except Exception as error:
         way_out = "small_args" if not sizes else "small_fn, which holds small sizes, or small_args"
+        said = str(error) if isinstance(error, TypeError | ValueError) else repr(error)
         raise GspmdError(
             f"{function_name(run)} cannot be planned with the shrunken arguments "
-            f"{_types(values)} on {axes} ({str(error).rstrip('.')}); give {way_out}."
+            f"{_types(values)} on {axes} ({said.partition(chr(10))[0].rstrip('.')}); "
+            f"give {way_out}."
         ) from error
     _check_finite(expected, run)
     assert_equivalent(run, *values, **moved, grad=False, rtol=rtol, atol=atol, on=on)
@@ -144,7 +147,25 @@ def _small_mesh(full: Mesh, given: AnyMesh | None) -> Mesh:
             f"small_mesh has axes {', '.join(small.names)}, the mesh {', '.join(full.names)}; "
             "give the same axes with smaller sizes."
         )
+    if any(small.size((axis,)) > n for axis, n in full.axes):
+        raise GspmdError(
+            f"small_mesh is {small}, and the mesh {full}; give no axis more devices than it has."
+        )
     return small
+
+
+def _check_small(fn: Any, args: Any) -> None:
+    """Raises GspmdError unless these may be `small_fn` and `small_args`."""
+    if fn is not None and not callable(fn):
+        raise GspmdError(
+            f"small_fn is of type {type(fn).__name__}, which is no function; give the same model "
+            "with a small configuration."
+        )
+    if args is not None and not isinstance(args, (tuple, list)):
+        raise GspmdError(
+            f"small_args is of type {type(args).__name__}; give a tuple with an entry for each "
+            "argument, (x,) for one."
+        )
 
 
 def _on_mesh(specs: Any, mesh: Mesh) -> Any:

@@ -3,9 +3,10 @@
 Hypothesis is an extra (`pip install 'gspmd[test]'`), imported when a strategy is asked for.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gspmd.errors import GspmdError
@@ -25,7 +26,7 @@ def meshes(max_devices: int = 16, max_axes: int = 4) -> "SearchStrategy[dict[str
     Raises:
       GspmdError: hypothesis is not installed, or a limit is out of range.
     """
-    if not 1 <= max_axes <= 4 or max_devices < 1:
+    if not _are_ints((max_devices, max_axes), 1) or max_axes > 4:
         raise GspmdError(
             f"meshes(max_devices={max_devices}, max_axes={max_axes}): a mesh has 1 to 4 axes, and "
             "1 device or more."
@@ -40,10 +41,12 @@ def specs(shape: Sequence[int], mesh: AnyMesh, open_dims: bool = True) -> "Searc
     used twice. Axes need not divide their dim, which may even be smaller than they are.
 
     Raises:
-      GspmdError: hypothesis is not installed.
+      GspmdError: hypothesis is not installed, or `shape` is none.
       MeshError: `mesh` is none.
     """
     axes = dict(read_mesh(mesh)[0].axes)
+    if not isinstance(shape, (tuple, list)) or not _are_ints(shape, 0):
+        raise GspmdError(f"specs({shape!r}, ...): a shape is a tuple of sizes, such as (8, 16).")
     return _composites("specs").specs(tuple(shape), axes, open_dims)
 
 
@@ -51,7 +54,7 @@ def programs(
     steps: int = 12,
     smooth: bool = False,
     annotated: bool = True,
-    mesh: "SearchStrategy[dict[str, int]] | Mapping[str, int] | None" = None,
+    mesh: "SearchStrategy[dict[str, int]] | AnyMesh | None" = None,
 ) -> "SearchStrategy[DrawnProgram]":
     """A strategy for JAX programs of up to `steps` steps, with arguments, a mesh and specs.
 
@@ -68,10 +71,20 @@ def programs(
       mesh: the mesh, or a strategy for it; `meshes()` if None.
 
     Raises:
-      GspmdError: hypothesis is not installed.
+      GspmdError: hypothesis is not installed, or there is to be no step.
+      MeshError: `mesh` is none.
     """
     composites = _composites("programs")
-    return composites.programs(steps, smooth, annotated, meshes() if mesh is None else mesh)
+    if not _are_ints((steps,), 1):
+        raise GspmdError(f"programs(steps={steps!r}): a program has 1 step or more.")
+    drawn = meshes() if mesh is None else mesh
+    if not composites.is_strategy(drawn):
+        drawn = dict(read_mesh(cast("AnyMesh", drawn))[0].axes)
+    return composites.programs(steps, smooth, annotated, drawn)
+
+
+def _are_ints(numbers: Sequence[Any], least: int) -> bool:
+    return all(isinstance(n, (int, np.integer)) and n >= least for n in numbers)
 
 
 def _composites(asked: str) -> Any:
