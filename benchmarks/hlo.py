@@ -18,7 +18,7 @@ KINDS = (
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|(?:true|false)_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -99,7 +99,7 @@ def _trip_count(line: str, bodies: Mapping[str, list[str]]) -> int:
 
 def _sent(line: str, found: re.Match[str], trips: int, partitions: int, scattered: bool) -> Sent:
     kind, n = found[2], _group(line, partitions)
-    arrays = [_bytes(dtype, dims) for dtype, dims in _ARRAY.findall(found[1])]
+    arrays = [_bytes(dtype, dims) for dtype, dims in ARRAY.findall(found[1])]
     if found[3] and kind in ("all-gather", "collective-permute"):  # (operands, results, ...)
         arrays = arrays[1:2]
     result = sum(arrays)

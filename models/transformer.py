@@ -165,7 +165,7 @@ class Layer(nnx.Module):
     def __call__(
         self, x_BSM: jax.Array, bucket_ST: jax.Array, key: jax.Array | None = None
     ) -> jax.Array:
-        x_BSM = annotate(x_BSM, P("batch", None, "act_model"))
+        x_BSM = annotate(x_BSM, P("batch", "act_seq", "act_model"))
         y_BSM = self.attention(self.attention_norm(x_BSM), bucket_ST)
         x_BSM += self.drop(y_BSM, key, 0)
         y_BSM = self.mlp(self.mlp_norm(x_BSM))
@@ -328,6 +328,7 @@ _WHOLE: Rules = MappingProxyType(
     dict.fromkeys(
         (
             "batch",  # B of every activation
+            "act_seq",  # S of the residual stream
             "act_model",  # M of the residual stream
             "embed",  # M of the weights
             "heads",  # N of weights and activations
@@ -372,6 +373,9 @@ RULES: Mapping[str, Rules] = MappingProxyType(
             act_model="data", embed="data", heads="model", mlp="model", vocab="model",
             vocab_table="model", embed_table="data",
         ),
+        # As "tensor", with the residual stream split along S over model: norms and sums are shared
+        # out, and each all_reduce is a reduce_scatter before them and an all_gather after.
+        "sequence": MappingProxyType({**_MEGATRON, "act_seq": "model"}),
     }
 )  # fmt: skip
 

@@ -124,7 +124,7 @@ class Tensor:
     def free(self, state: Sharding) -> list[str]:
         """The axes along which the tensor is replicated, in the order of the mesh."""
         held = {*state.axes, *state.partial}
-        return [axis for axis in self.mesh.names if axis not in held]
+        return [axis for axis, size in self.mesh.axes if size > 1 and axis not in held]
 
 
 def turn(tensor: Tensor, src: Sharding, dst: Sharding, extra: Digits = ()) -> Way:
