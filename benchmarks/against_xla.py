@@ -27,7 +27,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cases import Case, cases
-from sides import OURS, SIDES, TOPOLOGY, XLA, Row, Side, measure
+from devices import TOPOLOGY
+from sides import OURS, SIDES, XLA, Row, Side, measure
 from table import Table, show
 from worker import measure_all, work
 

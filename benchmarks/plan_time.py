@@ -23,13 +23,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import hlo
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from devices import TOPOLOGY, devices_mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from table import Table, show
 
@@ -40,7 +41,6 @@ from gspmd.models import training, transformer
 
 MESHES = ({"data": 2, "model": 4}, {"data": 16, "model": 64}, {"data": 32, "model": 64})
 POD = MESHES[1]
-TPU_TOPOLOGY = "v3:16x32"  # 1024 cores
 CONFIG = transformer.CONFIGS["137b"]
 SMALL = dataclasses.replace(
     CONFIG, layers=2, vocab=512, model_dim=512, hidden_dim=1024, heads=64, head_dim=16, seq=64
@@ -155,7 +155,7 @@ def against_xla(config: transformer.Config) -> Table:
     """Planning next to XLA's compilation of the same annotated step, and what each sends."""
     sides = {"CPU devices, 2x4": ("cpu", MESHES[0])}
     if importlib.util.find_spec("libtpu") and config == CONFIG:
-        sides[f"TPU {TPU_TOPOLOGY}, 16x64"] = ("tpu", POD)
+        sides[f"TPU {TOPOLOGY}, 16x64"] = ("tpu", POD)
     rows: list[list[str]] = []
     for name, (platform, mesh) in sides.items():
         took = _in_subprocess(platform, mesh, config == SMALL)
@@ -228,7 +228,7 @@ def compile_times(platform: str, mesh: Mapping[str, int], small: bool) -> dict[s
     step = step_of(SMALL if small else CONFIG)
     plan(step, mesh)
     run = timed(step, mesh)
-    devices = _devices(platform, mesh)
+    devices = devices_mesh(platform, mesh)
     options = QUICK_OPTIONS if small else COMPILER_OPTIONS.get(platform)
     lowered = lower_for_xla(run.plan, devices)
     began = time.perf_counter()
@@ -244,17 +244,6 @@ def compile_times(platform: str, mesh: Mapping[str, int], small: bool) -> dict[s
         "ours_gb": hlo.gigabytes(ours.as_text() or "")["together"],
         "plan_gb": run.plan.wire_bytes / 1e9,
     }
-
-
-def _devices(platform: str, mesh: Mapping[str, int]) -> Mesh:
-    if platform == "cpu":
-        devices: Sequence[Any] = jax.devices("cpu")
-    else:
-        from jax.experimental import topologies
-
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=TPU_TOPOLOGY).devices
-    kinds = (AxisType.Auto,) * len(mesh)
-    return jax.make_mesh(tuple(mesh.values()), tuple(mesh), kinds, devices=devices)
 
 
 def _in_subprocess(platform: str, mesh: Mapping[str, int], small: bool) -> dict[str, float]:

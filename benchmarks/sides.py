@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import Case
+from devices import devices_mesh
 from jax import tree_util
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from plain import in_plain_jax, shardings
 from worker import doing
 
 import gspmd
 
-TOPOLOGY = "v3:16x32"  # 1024 cores
 # As for a program whose collectives are to be counted: each one apart.
 OPTIONS = {"cpu": None, "tpu": {"xla_tpu_enable_async_collective_fusion": False}}
 LONGEST = {"cpu": 180, "tpu": 1500}  # seconds that a side may take to compile
@@ -233,15 +233,3 @@ def arguments(case: Case, mesh: Mesh) -> tuple[Any, ...]:
     drawn = tree_util.tree_map_with_path(draw, case.args)
     at = shardings(case.in_specs, mesh, case.rules)
     return jax.device_put(drawn, jax.tree.broadcast(at, drawn))
-
-
-def devices_mesh(platform: str, axes: Mapping[str, int]) -> Mesh:
-    """The mesh of CPU devices, or of those that the TPU compiler is told of."""
-    if platform == "cpu":
-        devices: Sequence[Any] = jax.devices("cpu")
-    else:
-        from jax.experimental import topologies
-
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
-    kinds = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), kinds, devices=devices)

@@ -7,11 +7,12 @@ frozen; a pass builds another program.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from gspmd.sharding import Mesh, Sharding, show_type
+from gspmd.sharding import Mesh, Sharding, itemsize, show_type
 
 COLLECTIVES = (
     "all_gather", "all_reduce", "reduce_scatter", "all_to_all", "collective_permute",
@@ -164,6 +165,11 @@ def next_id(program: Program) -> int:
         *(v for op, _ in program.walk() for body in op.bodies for v, _ in body.consts),
     )
     return max((value.id for value in defined), default=0) + 1
+
+
+def bytes_of(operands: Iterable[Operand]) -> float:
+    """Bytes that the operands take together: one device's, in a local program."""
+    return sum(math.prod(x.shape) * itemsize(x.dtype) for x in operands)
 
 
 def values_of(operands: tuple[Operand, ...]) -> tuple[Value, ...]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,13 +18,12 @@ from gspmd.call import match_call
 from gspmd.collectives import wire_bytes
 from gspmd.errors import GspmdError
 from gspmd.findings import Finding
-from gspmd.ir import COLLECTIVES, Op, Program, Value
+from gspmd.ir import COLLECTIVES, Op, Program, Value, bytes_of
 from gspmd.printing import show
 from gspmd.propagate import Propagated
 from gspmd.sharding import (
     Axes,
     Mesh,
-    itemsize,
     merge_sub_axes,
     show_axes,
 )
@@ -103,7 +101,7 @@ class Plan:
 
     def _collective(self, number: int, op: Op, trips: int) -> Collective:
         axes: Axes = op.params["axes"] if "axes" in op.params else op.params["src"]
-        operand = sum(math.prod(x.shape) * itemsize(x.dtype) for x in op.ins)
+        operand = bytes_of(op.ins)
         return Collective(
             number=number,
             kind=op.name,

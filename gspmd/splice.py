@@ -23,7 +23,8 @@ def splice(program: Program) -> Program:
     ops: list[Op] = []
     for op in program.ops:
         op = _REWRITES.get(op.name, _kept)(op, made)
-        op = dataclasses.replace(op, bodies=tuple(map(splice, op.bodies)))
+        if op.bodies:
+            op = dataclasses.replace(op, bodies=tuple(map(splice, op.bodies)))
         ops.append(op)
         made.update(dict.fromkeys(op.outs, op))
     return dataclasses.replace(program, ops=tuple(ops))

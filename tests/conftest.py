@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import random
 import signal
+from collections.abc import Iterator
 
 DEVICES = "--xla_force_host_platform_device_count"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):  # read once, when jax starts
@@ -45,6 +46,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - for libraries that draw from the global state
+
+
+@pytest.fixture
+def rule_table() -> Iterator[None]:
+    """The table of rules as it is, restored after the test."""
+    from gspmd.rules.factor import RULES
+
+    before = dict(RULES)
+    yield
+    for name in RULES.keys() - before.keys():
+        del RULES[name]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,7 @@ def planned(fn: Callable[..., Any], x: Any, spec: Any = None, **options: Any) ->
     return gspmd.plan(fn, x, **options)
 
 
-@pytest.fixture(autouse=True)
-def _table() -> Iterator[None]:
-    """The table of rules as it is, restored after the test."""
-    before = dict(RULES)
-    yield
-    for name in RULES.keys() - before.keys():
-        del RULES[name]
+pytestmark = pytest.mark.usefixtures("rule_table")
 
 
 Case = tuple[Callable[[], Any], str]  # the misuse, and what its error says, as a pattern

@@ -1,7 +1,7 @@
 """Kernels, callbacks and foreign calls: run whole on every device, unless a rule says better."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +15,6 @@ from jax.interpreters import batching, mlir
 
 import gspmd
 from gspmd import P
-from gspmd.rules.factor import RULES
 from tests.agreement import agrees, kinds
 
 MESH = "x=2,y=4"
@@ -26,13 +25,7 @@ def array(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def _table() -> Iterator[None]:
-    """The table as it is, restored after the test."""
-    before = dict(RULES)
-    yield
-    for name in RULES.keys() - before.keys():
-        del RULES[name]
+pytestmark = pytest.mark.usefixtures("rule_table")
 
 
 def doubling(x: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,13 +42,7 @@ def array(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def _table() -> Iterator[None]:
-    """The table as it is, restored after the test."""
-    before = dict(RULES)
-    yield
-    for name in RULES.keys() - before.keys():
-        del RULES[name]
+pytestmark = pytest.mark.usefixtures("rule_table")
 
 
 RIGHT: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {

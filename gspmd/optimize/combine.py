@@ -6,10 +6,9 @@
 """
 
 import dataclasses
-import math
 
-from gspmd.ir import Op, Program, Value, values_of
-from gspmd.sharding import Axes, Mesh, itemsize
+from gspmd.ir import Op, Program, Value, bytes_of, values_of
+from gspmd.sharding import Axes, Mesh
 
 SMALL = 1 << 20
 """Bytes per device up to which the latency of a reduction counts for more than its bytes."""
@@ -47,7 +46,7 @@ def combine(program: Program, mesh: Mesh) -> Program:
                 send(waiting[x])
         if op.bodies:
             op = dataclasses.replace(op, bodies=tuple(combine(body, mesh) for body in op.bodies))
-        if op.name != "all_reduce" or _bytes(op) > SMALL:
+        if op.name != "all_reduce" or bytes_of(op.ins) > SMALL:
             born.update(dict.fromkeys(op.outs, len(ops)))
             ops.append(op)
             continue
@@ -68,15 +67,11 @@ def combine(program: Program, mesh: Mesh) -> Program:
     return dataclasses.replace(program, ops=tuple(merged))
 
 
-def _bytes(op: Op) -> float:
-    return sum(math.prod(x.shape) * itemsize(x.dtype) for x in op.ins)
-
-
 def _merged(group: list[Op]) -> Op:
     if len(group) == 1:
         return group[0]
     return dataclasses.replace(
-        max(group, key=_bytes),
+        max(group, key=lambda op: bytes_of(op.ins)),
         ins=tuple(x for op in group for x in op.ins),
         outs=tuple(x for op in group for x in op.outs),
         parts=tuple(part for op in group for part in op.parts or (op,)),

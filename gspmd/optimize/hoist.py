@@ -8,12 +8,11 @@
 
 import dataclasses
 import itertools
-import math
 from types import MappingProxyType
 
-from gspmd.ir import COLLECTIVES, Op, Operand, Program, Value, next_id, values_of
+from gspmd.ir import COLLECTIVES, Op, Operand, Program, Value, bytes_of, next_id, values_of
 from gspmd.optimize.share import is_pure
-from gspmd.sharding import Mesh, itemsize
+from gspmd.sharding import Mesh
 
 ROOM = 1 << 26
 """Bytes per device by which one loop may grow what it holds. Weights that are gathered layer by
@@ -33,7 +32,8 @@ def hoist(program: Program, mesh: Mesh) -> Program:
 def _hoisted(program: Program, ids: "itertools.count[int]") -> Program:
     ops: list[Op] = []
     for op in program.ops:
-        op = dataclasses.replace(op, bodies=tuple(_hoisted(body, ids) for body in op.bodies))
+        if op.bodies:
+            op = dataclasses.replace(op, bodies=tuple(_hoisted(body, ids) for body in op.bodies))
         if op.name == "scan" and op.params["length"] > 1:
             before, op = _parted(op, ids)
             ops += before
@@ -80,7 +80,7 @@ def _affordable(collectives: list[Op]) -> list[Op]:
     found: list[Op] = []
     room = float(ROOM)
     for op in collectives:
-        growth = _bytes(op.outs) - _bytes(op.ins)
+        growth = bytes_of(op.outs) - bytes_of(op.ins)
         if growth <= room:
             room -= max(0.0, growth)
             found.append(op)
@@ -96,7 +96,3 @@ def _needed(leaving: list[Op], constant: list[Op]) -> list[Op]:
             wanted.update(values_of(op.ins))
             found.append(op)
     return found[::-1]
-
-
-def _bytes(operands: tuple[Operand, ...]) -> float:
-    return sum(math.prod(x.shape) * itemsize(x.dtype) for x in operands)

@@ -1,7 +1,6 @@
 """Builder: emits the local ops and collectives of one op whose shards need each other's entries."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -11,12 +10,23 @@ from jax.extend.core.primitives import slice_p
 from gspmd import local
 from gspmd.collectives import result_shape, wire_bytes
 from gspmd.exchange import Pairs, Round, Runs, assemble, cut, rounds
-from gspmd.ir import Cause, Op, Operand, Value
+from gspmd.ir import Cause, Op, Operand, Value, bytes_of
 from gspmd.rules.factor import Split
-from gspmd.sharding import Axes, Mesh, itemsize
+from gspmd.sharding import Axes, Mesh
 
 Type = tuple[tuple[int, ...], Any]  # local shape, dtype
 Source = tuple[Value, Runs, tuple[Runs, ...]]  # a value, what its shards hold, what each wants
+
+
+def value(x: Operand) -> Value:
+    """An operand that has dims, which no literal has."""
+    assert isinstance(x, Value)
+    return x
+
+
+def resized(x: Operand, dim: int, size: int) -> tuple[int, ...]:
+    """The shape of `x` with another size of one dim."""
+    return (*x.shape[:dim], size, *x.shape[dim + 1 :])
 
 
 class Builder:
@@ -52,7 +62,7 @@ class Builder:
 
     def resize(self, x: Value, dim: int, size: int) -> Value:
         """`x` with zeros appended to a dim, or entries cut off its end, so that it has `size`."""
-        shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
+        shape = resized(x, dim, size)
         if size > x.shape[dim]:
             params = {"dim": dim, "size": size}
             return self.local("pad_to", local.pad_to, [x], [(shape, x.dtype)], **params)[0]
@@ -91,7 +101,7 @@ class Builder:
         x, have, _ = sources[0]
         if not pieces:  # nobody has anything that anybody wants
             pieces, moves = [x], [Round.empty(have.group, x.shape[dim])]
-        shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
+        shape = resized(x, dim, size)
         if fill is None and len(moves) == 1 and moves[0].fills(size):
             return pieces[0]
         params = {"axes": axes, "dim": dim, "size": size, "rounds": tuple(moves)}
@@ -101,7 +111,7 @@ class Builder:
     def _moved(self, x: Value, dim: int, axes: Axes, move: Round) -> Value:
         """What this device receives in one round."""
         if move.size != x.shape[dim]:
-            shape = (*x.shape[:dim], move.size, *x.shape[dim + 1 :])
+            shape = resized(x, dim, move.size)
             params = {"axes": axes, "dim": dim, "at": move.cut, "size": move.size}
             (x,) = self.local("cut", cut, [x], [(shape, x.dtype)], **params)
         return self.permute(x, axes, move.pairs) if move.pairs else x
@@ -109,10 +119,8 @@ class Builder:
     def _collective(self, name: str, x: Value, params: dict[str, Any]) -> Value:
         shape = result_shape(name, x.shape, self.mesh.size(params["axes"]), params)
         i = self._operand()
-        value = self.op.ins[i]
-        assert isinstance(value, Value)
         at = self.split.ins[i]
-        cause = Cause(value, at, at, self.op, f"operand {i}")
+        cause = Cause(value(self.op.ins[i]), at, at, self.op, f"operand {i}")
         return self._emit(name, None, [x], [(shape, x.dtype)], params, cause)[0]
 
     def _operand(self) -> int:
@@ -140,11 +148,7 @@ class Builder:
     def wire_bytes(self) -> float:
         """What one device sends in all collectives so far."""
         return sum(
-            wire_bytes(op.name, self.mesh.size(op.params["axes"]), _bytes(op.ins))
+            wire_bytes(op.name, self.mesh.size(op.params["axes"]), bytes_of(op.ins))
             for op in self.ops
             if op.call is None
         )
-
-
-def _bytes(operands: Sequence[Operand]) -> float:
-    return sum(math.prod(x.shape) * itemsize(x.dtype) for x in operands)

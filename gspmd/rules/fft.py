@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from gspmd.ir import Op, Operand, Value
-from gspmd.rules.build import Builder
+from gspmd.rules.build import Builder, resized, value
 from gspmd.rules.factor import Dims, FactorRule, Factors, Split, rule
-from gspmd.rules.stretch import resized, value
 
 
 def _kind(op: Op) -> str:

@@ -15,9 +15,8 @@ from jax import lax
 
 from gspmd import local
 from gspmd.ir import Op, Operand, Value
-from gspmd.rules.build import Builder
+from gspmd.rules.build import Builder, resized, value
 from gspmd.rules.factor import Dims, FactorRule, Factors, Split, rule
-from gspmd.rules.stretch import resized, value
 from gspmd.sharding import Axes
 
 INDEX = np.dtype(np.int32)

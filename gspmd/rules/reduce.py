@@ -11,9 +11,8 @@ from jax import lax
 
 from gspmd._compat import run_jaxpr
 from gspmd.ir import Op, Operand, Value
-from gspmd.rules.build import Builder
+from gspmd.rules.build import Builder, resized, value
 from gspmd.rules.factor import Dims, FactorRule, Factors, Split, rule
-from gspmd.rules.stretch import resized, value
 from gspmd.sharding import Axes
 
 KINDS = {

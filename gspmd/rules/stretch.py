@@ -14,24 +14,13 @@ from jax import lax
 from gspmd.exchange import Runs, mine
 from gspmd.ir import Literal, Op, Operand, Value
 from gspmd.local import as_words
-from gspmd.rules.build import Builder
+from gspmd.rules.build import Builder, resized, value
 from gspmd.rules.factor import Dims, FactorRule, Factors, Split, rule
 from gspmd.rules.index import sum_kind
 from gspmd.sharding import Axes
 
 FEW = 8
 """A slice of fewer entries is a sum over the devices, of which all but the owners have zeros."""
-
-
-def value(x: Operand) -> Value:
-    """An operand that has dims, which no literal has."""
-    assert isinstance(x, Value)
-    return x
-
-
-def resized(x: Operand, dim: int, size: int) -> tuple[int, ...]:
-    """The shape of `x` with another size of one dim."""
-    return (*x.shape[:dim], size, *x.shape[dim + 1 :])
 
 
 # --- slice

@@ -16,10 +16,10 @@ from jax import lax
 from gspmd.exchange import Runs, mine
 from gspmd.ir import Literal, Op, Operand, Value
 from gspmd.local import neutral_value
-from gspmd.rules.build import Builder
+from gspmd.rules.build import Builder, resized, value
 from gspmd.rules.contract import bilinear
 from gspmd.rules.factor import Dims, FactorRule, Factors, Split, rule
-from gspmd.rules.stretch import dilated, resized, value
+from gspmd.rules.stretch import dilated
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
