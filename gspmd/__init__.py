@@ -13,6 +13,7 @@ from gspmd.errors import (
     TraceError,
 )
 from gspmd.findings import Finding
+from gspmd.options import Options
 from gspmd.partitioned import Partitioned, partition
 from gspmd.plan import Collective, Plan
 from gspmd.planner import plan
@@ -26,6 +27,7 @@ __all__ = [
     "Finding",
     "GspmdError",
     "MeshError",
+    "Options",
     "P",
     "Partitioned",
     "Plan",

@@ -14,7 +14,7 @@ from gspmd.specs import key_name, nearest
 
 OPTIONS = (
     "mesh", "in_specs", "out_specs", "rules", "donate_argnums", "static_argnums", "strict",
-    "effort",
+    "effort", "options",
 )  # fmt: skip
 """The keywords of `gspmd.plan` and `gspmd.partition`: all others are the function's."""
 

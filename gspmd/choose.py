@@ -21,13 +21,6 @@ from gspmd.rules.build import Builder
 from gspmd.rules.factor import REDUCTIONS, RULES, Dims, FactorRule, Split
 from gspmd.sharding import Axes, Mesh, Sharding, itemsize
 
-FLOPS_PER_WIRE_BYTE = 1000.0
-"""Work that takes as long as sending a byte, so that replicated work is not free.
-
-Peak bf16 FLOP/s over one-way link bytes/s of a chip: 375 on TPU v3, 1020 on v4, 850 on v5p, 2200 on
-H100 (NVLink). The choice is the same within a factor of a few.
-"""
-
 Type = tuple[tuple[int, ...], Any]  # shape, dtype
 
 
@@ -62,6 +55,7 @@ class Situation:
     goals: tuple[Sharding, ...]
     lasts: tuple[bool, ...]
     mesh: Mesh
+    flops_per_wire_byte: float  # `Target`
     op: Op | None  # where the rule has exchanged factors, whose price depends on the op
 
 
@@ -101,7 +95,7 @@ def _work(situation: Situation, axes: tuple[Axes, ...]) -> float:
         for f, (size, part) in enumerate(zip(rule.sizes, axes, strict=True))
         if f in held or rule.kinds[f] != "whole"  # the dims of a result that mirror an operand's
     )
-    return 2 * nest / FLOPS_PER_WIRE_BYTE
+    return 2 * nest / situation.flops_per_wire_byte
 
 
 @functools.lru_cache(maxsize=1 << 14)

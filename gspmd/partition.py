@@ -30,6 +30,7 @@ from gspmd.ir import (
     next_id,
     values_of,
 )
+from gspmd.options import Target
 from gspmd.reshard import reshard_steps
 from gspmd.reshard.moves import lower
 from gspmd.reshard.turns import Step
@@ -49,14 +50,20 @@ class Partitioned:
 
 
 def partition(
-    program: Program, shardings: Mapping[Value, Sharding], mesh: Mesh, *, strict: bool = False
+    program: Program,
+    shardings: Mapping[Value, Sharding],
+    mesh: Mesh,
+    target: Target,
+    *,
+    strict: bool = False,
 ) -> Partitioned:
     """The local program of `program`, whose inputs and outputs are split as `shardings` say.
 
     Raises:
       StrictError: with `strict`, when an op can only run gathered.
     """
-    state = _Partitioner(shardings, mesh, _count_uses(program), itertools.count(next_id(program)))
+    ids = itertools.count(next_id(program))
+    state = _Partitioner(shardings, mesh, target, _count_uses(program), ids)
     ins = tuple(state.local_value(v, shardings[v]) for v in program.ins)
     outs = tuple(shardings[x] if isinstance(x, Value) else None for x in program.outs)
     made = _Scope(state, mesh).run(program, ins, outs, [f"output {i}" for i in range(len(outs))])
@@ -90,6 +97,7 @@ class _Partitioner:
 
     shardings: Mapping[Value, Sharding]
     mesh: Mesh
+    target: Target
     uses: collections.Counter[Value]
     ids: "itertools.count[int]"
     findings: list[Finding] = dataclasses.field(default_factory=list[Finding])
@@ -185,6 +193,7 @@ class _Scope:
             tuple(state.shardings[x] for x in op.outs),
             tuple(isinstance(x, Value) and state.uses[x] == 1 for x in op.ins),
             self.mesh,
+            state.target.flops_per_wire_byte,
             op if rule.exchanged else None,
         )
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from gspmd._compat import is_tracer
 from gspmd.arguments import abstract, flatten_arguments, function_name
 from gspmd.errors import TraceError
+from gspmd.options import Options, options_of
 from gspmd.plan import Plan
 from gspmd.planner import plan
 from gspmd.specs import AnyMesh, Rules, check_rules, read_mesh
@@ -26,11 +27,11 @@ class Partitioned:
     `jax.jit`, `jax.vmap` and `jax.grad`; its gradient is planned too, as a program of its own.
     """
 
-    def __init__(self, fn: Callable[..., Any], mesh: AnyMesh, options: dict[str, Any]) -> None:
+    def __init__(self, fn: Callable[..., Any], mesh: AnyMesh, keywords: dict[str, Any]) -> None:
         functools.update_wrapper(self, fn)
         self.mesh = mesh
         self._fn = fn
-        self.options = options
+        self.keywords = keywords
         self._plans: dict[Hashable, Plan] = {}
         self._differentiable: dict[Plan, Callable[..., Any]] = {}
 
@@ -43,7 +44,7 @@ class Partitioned:
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments (arrays or `jax.ShapeDtypeStruct`s)."""
-        static: int | Sequence[int] = self.options["static_argnums"]
+        static: int | Sequence[int] = self.keywords["static_argnums"]
         flat = flatten_arguments(self._fn, args, kwargs, static)
         avals = tuple(abstract(x, name) for x, name in zip(flat.leaves, flat.names, strict=True))
         types = tuple((x.shape, x.dtype, x.weak_type) for x in avals)
@@ -57,7 +58,7 @@ class Partitioned:
             ) from error
         if known is None:
             known = self._plans[key] = plan(
-                self._fn, *args, mesh=self.mesh, **self.options, **kwargs
+                self._fn, *args, mesh=self.mesh, **self.keywords, **kwargs
             )
         return known
 
@@ -126,9 +127,9 @@ def _differentiable(made: Plan, owner: Partitioned) -> Callable[..., Any]:
     def backward(pullback: Any, *cotangents: Any) -> Any:
         return pullback(list(cotangents))
 
-    options = {name: owner.options[name] for name in ("rules", "strict", "effort")}
+    keywords = {name: owner.keywords[name] for name in ("rules", "strict", "effort", "options")}
     run_forward = partition(
-        forward, owner.mesh, in_specs=in_specs, out_specs=(out_specs, None), **options
+        forward, owner.mesh, in_specs=in_specs, out_specs=(out_specs, None), **keywords
     )
     cotangent_specs = tuple(s for s, smooth in zip(out_specs, smooth_out, strict=True) if smooth)
     run_backward = partition(
@@ -136,7 +137,7 @@ def _differentiable(made: Plan, owner: Partitioned) -> Callable[..., Any]:
         owner.mesh,
         in_specs=(None, *cotangent_specs),
         out_specs=diff_specs,
-        **options,
+        **keywords,
     )
 
     @jax.custom_vjp
@@ -179,6 +180,7 @@ def partition(
     static_argnums: int | Sequence[int] = (),
     strict: bool = False,
     effort: int = 1,
+    options: Options | None = None,
 ) -> Partitioned:
     """`fn` as a callable that runs on the devices of `mesh`; `.plan(*args)` shows how.
 
@@ -195,7 +197,7 @@ def partition(
         )
     logical, _ = read_mesh(mesh)
     check_rules(rules, logical)
-    options = {
+    keywords = {
         "in_specs": in_specs,
         "out_specs": out_specs,
         "rules": rules,
@@ -203,5 +205,6 @@ def partition(
         "static_argnums": static_argnums,
         "strict": strict,
         "effort": effort,
+        "options": options_of(options),
     }
-    return Partitioned(fn, mesh, options)
+    return Partitioned(fn, mesh, keywords)

@@ -11,7 +11,8 @@ from gspmd.arguments import function_name, positions
 from gspmd.errors import SpecError
 from gspmd.findings import unbounded, unchecked
 from gspmd.ir import Op, Program, Value, next_id, verify
-from gspmd.optimize import optimize
+from gspmd.optimize import optimize, passes
+from gspmd.options import Options, options_of
 from gspmd.partition import partition
 from gspmd.plan import Plan
 from gspmd.propagate import Propagated, propagate
@@ -32,6 +33,7 @@ def plan(
     static_argnums: int | Sequence[int] = (),
     strict: bool = False,
     effort: int = 1,
+    options: Options | None = None,
     **kwargs: Any,
 ) -> Plan:
     """The plan of `fn(*args)` on `mesh`.
@@ -49,6 +51,7 @@ def plan(
       static_argnums: arguments that are constants of the plan.
       strict: refuse ops that can only run on gathered operands.
       effort: 0, 1 or 2, how long to look for a cheaper plan; today all three give the same one.
+      options: the hardware to plan for, and what is left to taste: see `gspmd.Options`.
 
     Raises:
       SpecError: a spec, annotation or rule does not fit.
@@ -57,6 +60,7 @@ def plan(
     """
     if effort not in (0, 1, 2):
         raise SpecError(f"effort={effort!r}: it is 0, 1 or 2.")
+    options = options_of(options)
     clock = _Clock()
     logical, devices = read_mesh(mesh)
     check_rules(rules, logical)
@@ -80,9 +84,10 @@ def plan(
     for value in (*model.ins, *(v for v in model.outs if isinstance(v, Value))):
         shardings[value] = _at_boundary(shardings[value], refined)
     done = dataclasses.replace(done, shardings=shardings)
-    parted = partition(model, shardings, refined, strict=strict)
+    target = options.on(devices.devices.flat[0].platform if devices is not None else None)
+    parted = partition(model, shardings, refined, target, strict=strict)
     clock.lap("partition")
-    program = optimize(verify(parted.program, refined), refined)
+    program = optimize(verify(parted.program, refined), refined, passes(options, target))
     clock.lap("optimize")
     static = positions(static_argnums, len(args), "static_argnums", fn)
     findings = on_trust + parted.findings + unbounded(program)

@@ -194,6 +194,18 @@ SPECS: dict[str, Case] = {
         ("with_sharding_constraint at ", "z=8", "x=2, y=4"),
     ),
     "effort": (lambda: plan(product, A, B, effort=7), ("effort=7", "0, 1 or 2")),
+    "options": (
+        lambda: plan(product, A, B, options={"target": "tpu"}),
+        ("options={'target': 'tpu'}", "gspmd.Options(...)"),
+    ),
+    "target": (
+        lambda: plan(product, A, B, options=gspmd.Options(target="npu")),  # pyright: ignore[reportArgumentType]
+        ("target='npu'", "None, tpu, gpu or cpu"),
+    ),
+    "overlap": (
+        lambda: plan(product, A, B, options=gspmd.Options(overlap="yes")),  # pyright: ignore[reportArgumentType]
+        ("overlap='yes'", "none, auto or always"),
+    ),
 }
 
 MESHES: dict[str, tuple[Any, tuple[str, ...]]] = {

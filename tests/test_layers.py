@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first: a module imports from layers below its own, or from its own.
 LAYERS = (
     ("gspmd.errors",),
-    ("gspmd.sharding",),
+    ("gspmd.options", "gspmd.sharding"),
     ("gspmd.ir", "gspmd.specs"),
     ("gspmd._compat", "gspmd.arguments", "gspmd.local", "gspmd.printing", "gspmd.uneven"),
     ("gspmd.call", "gspmd.collectives", "gspmd.exchange", "gspmd.jaxpr"),

@@ -14,18 +14,21 @@ import gspmd
 from gspmd import P, local, run
 from gspmd.collectives import wire_bytes
 from gspmd.ir import COLLECTIVES, Layout, Op, Program, Value, verify
-from gspmd.optimize import PASSES, Pass, optimize
+from gspmd.optimize import Pass, optimize, passes
 from gspmd.optimize.combine import SMALL, combine
 from gspmd.optimize.drop_unused import drop_unused
 from gspmd.optimize.hoist import ROOM, hoist
 from gspmd.optimize.scatter import scatter
 from gspmd.optimize.share import share
+from gspmd.options import TARGETS, Options
 from gspmd.partition import partition
 from gspmd.printing import show
 from gspmd.sharding import Axes, Mesh, Sharding, itemsize
 from gspmd.testing import DrawnProgram, programs
 
 X4 = Mesh((("x", 4),))
+TPU = TARGETS["tpu"]
+PASSES = passes(Options(), TPU)
 F32 = np.dtype(np.float32)
 
 
@@ -295,7 +298,7 @@ def unoptimized(program: DrawnProgram) -> tuple[gspmd.Plan, Program]:
         in_specs=program.in_specs,
         out_specs=program.out_specs,
     )
-    return plan, partition(plan.model, plan.propagated.shardings, plan.mesh).program
+    return plan, partition(plan.model, plan.propagated.shardings, plan.mesh, TPU).program
 
 
 @hypothesis.given(programs())
@@ -304,9 +307,9 @@ def test_promises_on_drawn_programs(program: DrawnProgram) -> None:
     plan, raw = unoptimized(program)
     for apply in PASSES:
         keeps_its_promises(apply, raw, plan.mesh)
-    done = optimize(raw, plan.mesh)
+    done = optimize(raw, plan.mesh, PASSES)
     assert show(done) == show(plan.program)
-    assert show(optimize(done, plan.mesh)) == show(done)
+    assert show(optimize(done, plan.mesh, PASSES)) == show(done)
 
 
 @hypothesis.given(programs(steps=5))

@@ -138,7 +138,7 @@ def make_plan(subject: Subject, mesh: str | None, rules: Rules, strict: bool = F
     fn = subject.fn
     options: dict[str, Any] = dict(subject.options)
     if isinstance(fn, Partitioned):
-        options = dict(fn.options) | {"mesh": fn.mesh} | options
+        options = dict(fn.keywords) | {"mesh": fn.mesh} | options
         fn = inspect.unwrap(fn)
     if mesh is not None:
         options["mesh"] = mesh
