@@ -22,20 +22,30 @@ from gspmd.rules.factor import REDUCTIONS, RULES, Dims, FactorRule, Split
 from gspmd.sharding import Axes, Mesh, Sharding, itemsize
 
 Type = tuple[tuple[int, ...], Any]  # shape, dtype
+Task = tuple[FactorRule, tuple[Type, ...], tuple[Type, ...], tuple[Sharding, ...], Mesh]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Choice:
     """How an op runs: axes per factor, what its operands must be and what its results then are.
 
-    `optional` says that what it gathers it need not have, though at more bytes.
+    `wire_bytes` is what its operands, itself and its results send, `work` what each device then
+    does, in bytes that it could send in the same time. `split` is the number of parts that the work
+    is divided into. `optional` says that what it gathers it need not have, though at more bytes.
     """
 
     axes: tuple[Axes, ...]
     ins: tuple[Sharding, ...]
     outs: tuple[Sharding, ...]
     wire_bytes: float
+    work: float
+    split: int
     optional: bool = False
+
+    @property
+    def cost(self) -> float:
+        """What the choice weighs, in bytes sent."""
+        return self.wire_bytes + self.work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,32 +68,47 @@ class Situation:
     flops_per_wire_byte: float  # `Target`
     op: Op | None  # where the rule has exchanged factors, whose price depends on the op
 
+    @property
+    def task(self) -> Task:
+        """What the choice is about, whatever the operands look like so far."""
+        return (self.rule, self.in_types, self.out_types, self.goals, self.mesh)
+
 
 def choose(situation: Situation) -> Choice:
     """The cheapest split of an op."""
-    return _cheapest(situation) if situation.op is not None else _cached(situation)
+    return ranked(situation)[0]
 
 
-def _cheapest(situation: Situation) -> Choice:
-    best: tuple[float, int, int] | None = None
-    chosen: Choice | None = None
-    optional = False
-    for axes in _candidates(situation):
-        for flow in _flows(situation, axes):
-            choice = _evaluate(situation, axes, flow)
-            if choice is None:
-                continue
-            optional = optional or exchanges(situation.rule, axes)
-            owed = sum(len(s.partial) for s in choice.ins)
-            split = situation.mesh.size(a for part in axes for a in part)
-            score = (choice.wire_bytes + _work(situation, axes), -split, -owed)
-            if best is None or score < best:
-                best, chosen = score, choice
-    assert chosen is not None
-    return dataclasses.replace(chosen, optional=optional)
+def ranked(situation: Situation) -> tuple[Choice, ...]:
+    """The splits that are worth a thought, the cheapest first."""
+    return _ranked(situation) if situation.op is not None else _cached(situation)
 
 
-_cached = functools.lru_cache(maxsize=1 << 14)(_cheapest)
+def pinned(situation: Situation, axes: tuple[Axes, ...]) -> Choice | None:
+    """The cheapest choice that splits the factors by `axes`; None if the op has no such form."""
+    found = [_evaluate(situation, axes, flow) for flow in _flows(situation, axes)]
+    return min((x for x in found if x is not None), key=_score, default=None)
+
+
+def led_by_result(situation: Situation) -> Choice:
+    """The split that propagation gave the result, at whatever price: what GSPMD does."""
+    return pinned(situation, _candidates(situation)[0]) or choose(situation)
+
+
+def _ranked(situation: Situation) -> tuple[Choice, ...]:
+    found = [pinned(situation, axes) for axes in _candidates(situation)]
+    choices = sorted((x for x in found if x is not None), key=_score)
+    if any(exchanges(situation.rule, choice.axes) for choice in choices):
+        choices = [dataclasses.replace(choice, optional=True) for choice in choices]
+    return tuple(choices)
+
+
+_cached = functools.lru_cache(maxsize=1 << 14)(_ranked)
+
+
+def _score(choice: Choice) -> tuple[float, int, int]:
+    owed = sum(len(s.partial) for s in choice.ins)
+    return choice.cost, -choice.split, -owed
 
 
 def _work(situation: Situation, axes: tuple[Axes, ...]) -> float:
@@ -304,7 +329,8 @@ def _evaluate(situation: Situation, axes: tuple[Axes, ...], flow: dict[int, Axes
         made = Sharding(required(dims, axes), _in_order(partial, mesh), kind)
         cost += reshard_cost(shape, dtype, mesh, made, goal)
         outs.append(made)
-    choice = Choice(axes, tuple(ins), tuple(outs), cost)
+    split = mesh.size(a for part in axes for a in part)
+    choice = Choice(axes, tuple(ins), tuple(outs), cost, _work(situation, axes), split)
     if not exchanges(rule, axes):
         return choice
     assert situation.op is not None

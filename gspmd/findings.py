@@ -31,6 +31,9 @@ def gathered(
 
     `have[i]` are the shardings in which operand i exists before.
     """
+    known = op.name in RULES
+    if known and not rule.exchanged and "whole" not in rule.kinds:
+        return None
     moved = 0.0
     axes: dict[str, None] = {}
     for x, dims, needs, versions in zip(op.ins, rule.ins, choice.ins, have, strict=True):
@@ -45,7 +48,6 @@ def gathered(
         if lost:
             axes.update(dict.fromkeys(lost))
             moved += min(reshard_cost(x.shape, x.dtype, mesh, s, needs) for s in able)
-    known = op.name in RULES
     if known and not moved:
         return None
     where = f" at {op.source}" if op.source else ""
@@ -79,9 +81,11 @@ def generated_whole(
     The numbers of `op` come out as `made`; `wanted` are the shardings that propagation gave them,
     and those of the operands.
     """
+    if op.name not in GENERATORS:
+        return None
     axes = dict.fromkeys(axis for sharding in wanted for axis in sharding.axes)
     lost = tuple(axis for axis in axes if axis not in made.axes)
-    if op.name not in GENERATORS or not lost:
+    if not lost:
         return None
     out = op.outs[-1]
     drawn = math.prod(made.local_shape(out.shape, mesh)) * itemsize(out.dtype)

@@ -10,7 +10,7 @@ cheapest: at a sharded use, as a `reduce_scatter`.
 import collections
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -42,11 +42,25 @@ from gspmd.sharding import Axes, Mesh, Sharding
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Decided:
+    """How an op was split, and what it was decided on."""
+
+    situation: Situation
+    choice: Choice
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Partitioned:
-    """A local program and what was found while making it."""
+    """A local program and what was found and decided while making it.
+
+    `decided` has the splits of all ops of the global program; an op whose operands are not there
+    yet, such as zeros, has none. `work` is what a device does, in bytes it could send meanwhile.
+    """
 
     program: Program
     findings: tuple[Finding, ...]
+    decided: Mapping[Op, Decided]
+    work: float
 
 
 def partition(
@@ -54,29 +68,39 @@ def partition(
     shardings: Mapping[Value, Sharding],
     mesh: Mesh,
     target: Target,
-    *,
-    strict: bool = False,
+    choose: Callable[[Situation], Choice] = choose,
+    rules: dict[Op, FactorRule] | None = None,
 ) -> Partitioned:
     """The local program of `program`, whose inputs and outputs are split as `shardings` say.
 
-    Raises:
-      StrictError: with `strict`, when an op can only run gathered.
+    `choose` decides how each op is split. `rules` remembers the factor rules of ops, from one call
+    to the next.
     """
     ids = itertools.count(next_id(program))
-    state = _Partitioner(shardings, mesh, target, _count_uses(program), ids)
+    state = _Partitioner(
+        shardings, mesh, target, choose, {} if rules is None else rules, _count_uses(program), ids
+    )
     ins = tuple(state.local_value(v, shardings[v]) for v in program.ins)
     outs = tuple(shardings[x] if isinstance(x, Value) else None for x in program.outs)
-    made = _Scope(state, mesh).run(program, ins, outs, [f"output {i}" for i in range(len(outs))])
-    findings = tuple(dict.fromkeys(state.findings))
+    scope = _Scope(state, mesh)
+    made = scope.run(program, ins, outs, [f"output {i}" for i in range(len(outs))])
+    return Partitioned(made, tuple(dict.fromkeys(state.findings)), state.decided, scope.work)
+
+
+def refuse_gathers(findings: Sequence[Finding]) -> None:
+    """Raises if any of `findings` is about an op that can only run gathered.
+
+    Raises:
+      StrictError: it names each, with its line and bytes.
+    """
     costly = [finding for finding in findings if finding.bytes]
-    if strict and costly:
+    if costly:
         count = "one op" if len(costly) == 1 else f"{len(costly)} ops"
         lines = "".join(f"\n  {finding.message}" for finding in costly)
         raise StrictError(
             f"strict=True, but {count} can only run on gathered operands:{lines}\n"
             "Leave these dims unsplit, register a rule (gspmd.register_rule), or drop strict."
         )
-    return Partitioned(made, findings)
 
 
 def _count_uses(program: Program) -> collections.Counter[Value]:
@@ -98,9 +122,19 @@ class _Partitioner:
     shardings: Mapping[Value, Sharding]
     mesh: Mesh
     target: Target
+    choose: Callable[[Situation], Choice]
+    rules: dict[Op, FactorRule]
     uses: collections.Counter[Value]
     ids: "itertools.count[int]"
     findings: list[Finding] = dataclasses.field(default_factory=list[Finding])
+    decided: dict[Op, Decided] = dataclasses.field(default_factory=dict[Op, Decided])
+
+    def rule(self, op: Op) -> FactorRule:
+        """The factor rule of `op`, made once."""
+        known = self.rules.get(op)
+        if known is None:
+            known = self.rules[op] = factor_rule(op)
+        return known
 
     def find(self, finding: Finding | None) -> None:
         if finding is not None:
@@ -124,6 +158,7 @@ class _Scope:
         self.state = state
         self.mesh = mesh  # without the axes of manual regions around it
         self.ops: list[Op] = []
+        self.work = 0.0
         self.versions: dict[Value, dict[Sharding, Value]] = {}
         self.recipes: dict[Value, tuple[Op, FactorRule]] = {}
         self.sources: dict[Value, Source | None] = {}
@@ -169,14 +204,16 @@ class _Scope:
                 goal = self.state.shardings[out]
                 self.versions[out] = {goal: self.want(x, goal, op, "the annotation")}
                 return
-        rule = factor_rule(op)
+        rule = self.state.rule(op)
         owes = any(s.partial for x in values_of(op.ins) for s in self.versions[x])
         if rule.free and len(op.outs) == 1 and op.name in RULES and not owes:
             self.versions[op.outs[0]] = {}
             self.recipes[op.outs[0]] = (op, rule)
             return
         situation = self._situation(op, rule)
-        choice = choose(situation)
+        choice = self.state.choose(situation)
+        self.state.decided[op] = Decided(situation, choice)
+        self.work += choice.work
         self.state.find(gathered(op, rule, choice, situation.have, self.mesh))
         if op.outs:
             wanted = [situation.goals[-1], *(s for have in situation.have for s in have)]
@@ -219,10 +256,10 @@ class _Scope:
         outs = [
             self.state.local_value(x, made) for x, made in zip(op.outs, choice.outs, strict=True)
         ]
-        split = Split.of(op, self.mesh, choice.axes, choice.ins, choice.outs)
         params, call = op.params, op.call
         op_rule = RULES.get(op.name)
-        if op_rule is not None and any(choice.axes):
+        if op_rule is not None and (op_rule.params or op_rule.call) and any(choice.axes):
+            split = Split.of(op, self.mesh, choice.axes, choice.ins, choice.outs)
             if op_rule.params is not None:
                 params = MappingProxyType({**op.params, **op_rule.params(op, split)})
             if op_rule.call is not None:
@@ -328,7 +365,8 @@ class _Scope:
         if made in kept:
             return
         ins = tuple(Sharding.replicated(len(y.shape)) for y in op.ins)
-        self._emit(op, rule, Choice(tuple(axes), ins, (made,), 0.0))
+        split = self.mesh.size(a for part in axes for a in part)
+        self._emit(op, rule, Choice(tuple(axes), ins, (made,), 0.0, 0.0, split))
         self.versions[x] = {**kept, **self.versions[x]}
 
     def _step(self, value: Value, x: Value, step: Step, cause: Cause) -> Value:
@@ -412,6 +450,7 @@ class _Scope:
                         sums[x, axis] = arises
             ran = self._run_bodies(op, inputs, outputs, roles, sums)
             self.sums |= sums
+        self.work += op.params.get("length", 1) * sum(scope.work for scope, _ in ran)
         bodies = tuple(body for _, body in ran)
         outs = tuple(self.state.local_value(v, s) for v, s in zip(op.outs, results, strict=True))
         self.ops.append(dataclasses.replace(op, ins=tuple(ins), outs=outs, bodies=bodies))

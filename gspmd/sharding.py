@@ -133,6 +133,8 @@ class Sharding:
 
     def local_shape(self, shape: Sequence[int], mesh: Mesh) -> tuple[int, ...]:
         """What one device holds: ceil(n / k) in each dim."""
+        if not any(self.dims):
+            return tuple(shape)
         return tuple(
             -(-n // mesh.size(axes)) if axes else n
             for n, axes in zip(shape, self.dims, strict=True)

@@ -33,6 +33,7 @@ LAYERS = (
     ("gspmd.choose", "gspmd.explain", "gspmd.rules.check", "gspmd.splice"),
     ("gspmd.findings",),
     ("gspmd.partition",),
+    ("gspmd.search",),
     ("gspmd.optimize",),
     ("gspmd.pipeline", "gspmd.run", "gspmd.cost", "gspmd.memory"),
     ("gspmd.report",),

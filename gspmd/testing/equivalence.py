@@ -12,6 +12,7 @@ from jax import lax, tree_util
 from gspmd import run
 from gspmd.arguments import flatten_arguments, path_names
 from gspmd.errors import GspmdError
+from gspmd.options import Options
 from gspmd.plan import Plan
 from gspmd.planner import plan
 from gspmd.specs import AnyMesh, Rules
@@ -28,6 +29,8 @@ def assert_equivalent(
     in_specs: Any = None,
     out_specs: Any = None,
     rules: Rules | None = None,
+    effort: int = 1,
+    options: Options | None = None,
     grad: bool = True,
     rtol: float = 1e-4,
     atol: float = 1e-6,
@@ -44,7 +47,7 @@ def assert_equivalent(
     Args:
       fn: any function that `gspmd.plan` takes.
       args: arrays, in pytrees.
-      mesh, in_specs, out_specs, rules: as in `gspmd.plan`.
+      mesh, in_specs, out_specs, rules, effort, options: as in `gspmd.plan`.
       grad: compare gradients too; False for a function that has no reverse-mode derivative.
       rtol, atol: see above.
       on: "simulated", on one device that plays all of them: every copy of a result is compared,
@@ -59,11 +62,12 @@ def assert_equivalent(
     if on not in ("simulated", "devices"):
         raise GspmdError(f'on={on!r}: it is "simulated" or "devices".')
     tolerance = Tolerance(rtol, atol)
-    made = plan(fn, *args, mesh=mesh, in_specs=in_specs, out_specs=out_specs, rules=rules)
+    how: dict[str, Any] = {"mesh": mesh, "rules": rules, "effort": effort, "options": options}
+    made = plan(fn, *args, in_specs=in_specs, out_specs=out_specs, **how)
     _compare("result", made, args, fn, tolerance, on)
     if grad and _is_smooth(fn, args):
         gradient = gradient_of(fn)
-        made = plan(gradient, *args, mesh=mesh, in_specs=in_specs, rules=rules)
+        made = plan(gradient, *args, in_specs=in_specs, **how)
         _compare("gradient", made, args, gradient, tolerance, on)
 
 
