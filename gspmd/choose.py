@@ -327,7 +327,9 @@ def _evaluate(situation: Situation, axes: tuple[Axes, ...], flow: dict[int, Axes
             if part and f not in kept and rule.kinds[f] in REDUCTIONS:
                 partial, kind = partial + part, rule.kinds[f]
         made = Sharding(required(dims, axes), _in_order(partial, mesh), kind)
-        cost += reshard_cost(shape, dtype, mesh, made, goal)
+        # Where a sum should stay owed that is paid by now, nothing brings it back.
+        owes = _reaches(made, goal)
+        cost += reshard_cost(shape, dtype, mesh, made, goal) if owes else math.inf
         outs.append(made)
     split = mesh.size(a for part in axes for a in part)
     choice = Choice(axes, tuple(ins), tuple(outs), cost, _work(situation, axes), split)

@@ -10,7 +10,8 @@ cheapest: at a sharded use, as a `reduce_scatter`.
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -30,15 +31,15 @@ from gspmd.ir import (
     next_id,
     values_of,
 )
-from gspmd.options import Target
+from gspmd.options import ROOM, Target
 from gspmd.reshard import reshard_steps
 from gspmd.reshard.moves import lower
 from gspmd.reshard.turns import Step
 from gspmd.rules import factor_rule
-from gspmd.rules.control import CONTROL, accumulators, manual_axes, ties
+from gspmd.rules.control import CONTROL, Accumulator, accumulators, manual_axes, ties
 from gspmd.rules.factor import REDUCTIONS, RULES, FactorRule, Split
 from gspmd.rules.manual import bodies_on
-from gspmd.sharding import Axes, Mesh, Sharding
+from gspmd.sharding import Axes, Mesh, Sharding, itemsize
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,12 +56,14 @@ class Partitioned:
 
     `decided` has the splits of all ops of the global program; an op whose operands are not there
     yet, such as zeros, has none. `work` is what a device does, in bytes it could send meanwhile.
+    `visits` counts the ops that were partitioned, those of bodies that were done again again.
     """
 
     program: Program
     findings: tuple[Finding, ...]
     decided: Mapping[Op, Decided]
     work: float
+    visits: int
 
 
 def partition(
@@ -70,21 +73,36 @@ def partition(
     target: Target,
     choose: Callable[[Situation], Choice] = choose,
     rules: dict[Op, FactorRule] | None = None,
+    room: int = ROOM,
 ) -> Partitioned:
     """The local program of `program`, whose inputs and outputs are split as `shardings` say.
 
     `choose` decides how each op is split. `rules` remembers the factor rules of ops, from one call
-    to the next.
+    to the next. `room` are the bytes by which the carries of a loop may grow on each device.
     """
     ids = itertools.count(next_id(program))
     state = _Partitioner(
-        shardings, mesh, target, choose, {} if rules is None else rules, _count_uses(program), ids
+        shardings,
+        mesh,
+        target,
+        choose,
+        {} if rules is None else rules,
+        room,
+        _count_uses(program),
+        ids,
     )
     ins = tuple(state.local_value(v, shardings[v]) for v in program.ins)
     outs = tuple(shardings[x] if isinstance(x, Value) else None for x in program.outs)
     scope = _Scope(state, mesh)
     made = scope.run(program, ins, outs, [f"output {i}" for i in range(len(outs))])
-    return Partitioned(made, tuple(dict.fromkeys(state.findings)), state.decided, scope.work)
+    findings = tuple(dict.fromkeys(state.findings))
+    return Partitioned(made, findings, state.decided, scope.work, state.visits)
+
+
+def owing(at: Sharding, axes: Axes) -> Sharding:
+    """`at` with the sums over `axes` owed, which then split nothing."""
+    dims = tuple(tuple(axis for axis in part if axis not in axes) for part in at.dims)
+    return Sharding(dims, axes)
 
 
 def refuse_gathers(findings: Sequence[Finding]) -> None:
@@ -124,10 +142,13 @@ class _Partitioner:
     target: Target
     choose: Callable[[Situation], Choice]
     rules: dict[Op, FactorRule]
+    room: int
     uses: collections.Counter[Value]
     ids: "itertools.count[int]"
     findings: list[Finding] = dataclasses.field(default_factory=list[Finding])
+    requests: dict[Value, Axes] = dataclasses.field(default_factory=dict[Value, Axes])
     decided: dict[Op, Decided] = dataclasses.field(default_factory=dict[Op, Decided])
+    visits: int = 0
 
     def rule(self, op: Op) -> FactorRule:
         """The factor rule of `op`, made once."""
@@ -163,6 +184,8 @@ class _Scope:
         self.recipes: dict[Value, tuple[Op, FactorRule]] = {}
         self.sources: dict[Value, Source | None] = {}
         self.sums: dict[tuple[Value, str], Op] = {}
+        self.makers: dict[Value, Op] = {}
+        self.owable: dict[Value, Mapping[str, Op]] = {}
         self.masked: dict[tuple[Value, int, str], Value] = {}
 
     def run(
@@ -184,6 +207,7 @@ class _Scope:
             self.versions[value] = {whole: mine}
             consts.append((mine, array))
         for op in program.ops:
+            self.makers.update(dict.fromkeys(op.outs, op))
             self.visit(op)
         results = tuple(
             x
@@ -195,14 +219,16 @@ class _Scope:
 
     def visit(self, op: Op) -> None:
         """Emits the local form of one op."""
+        self.state.visits += 1
         if op.name in CONTROL:
             self._control(op)
             return
         if op.name == "constraint":
             (x,), (out,) = op.ins, op.outs
             if isinstance(x, Value):
-                goal = self.state.shardings[out]
+                goal = self._goal(out)
                 self.versions[out] = {goal: self.want(x, goal, op, "the annotation")}
+                self.sums |= {(out, axis): self.sums[x, axis] for axis in goal.partial}
                 return
         rule = self.state.rule(op)
         owes = any(s.partial for x in values_of(op.ins) for s in self.versions[x])
@@ -227,12 +253,17 @@ class _Scope:
             tuple((x.shape, x.dtype) for x in op.ins),
             tuple((x.shape, x.dtype) for x in op.outs),
             tuple(tuple(self.versions[x]) if isinstance(x, Value) else () for x in op.ins),
-            tuple(state.shardings[x] for x in op.outs),
+            tuple(self._goal(x) for x in op.outs),
             tuple(isinstance(x, Value) and state.uses[x] == 1 for x in op.ins),
             self.mesh,
             state.target.flops_per_wire_byte,
             op if rule.exchanged else None,
         )
+
+    def _goal(self, x: Value) -> Sharding:
+        """The sharding that `x` should have; requested sums stay owed in it."""
+        goal, axes = self.state.shardings[x], self.state.requests.get(x, ())
+        return owing(goal, axes) if axes else goal
 
     def _emit(self, op: Op, rule: FactorRule, choice: Choice) -> None:
         ins: list[Operand] = []
@@ -432,24 +463,35 @@ class _Scope:
             self.want(x, goal, op, f"operand {i}")
             for i, (x, goal) in enumerate(zip(op.ins, operands, strict=True))
         ]
+        arising: dict[Value, Value] = {}  # results that owe, and what owes inside
+        for tie in ties(op) if len(op.bodies) == 1 else ():
+            if not tie.inputs and tie.result is not None and not tie.manual:
+                ((_, i),) = tie.outputs
+                inner, x = op.bodies[0].outs[i], op.outs[tie.result]
+                if isinstance(inner, Value):
+                    arising[x] = inner
+                    if axes := self.state.requests.get(x, ()):
+                        self.state.requests[inner] = axes
+                        outputs[0][i] = owing(outputs[0][i], axes)
+                        results[tie.result] = owing(results[tie.result], axes)
         ran = self._run_bodies(op, inputs, outputs, roles)
-        late = [
-            (carry, owed, ran[0][0])
-            for carry in accumulators(op)
-            if (owed := ran[0][0].owed(carry.summands, outputs[0][carry.output].dims))
-        ]
-        if late:  # the bodies once more, with carries of which every device keeps its own summand
-            sums: dict[tuple[Value, str], Op] = {}
-            for carry, owed, scope in late:
-                made = dataclasses.replace(outputs[0][carry.output], partial=owed)
-                inputs[0][carry.input] = outputs[0][carry.output] = results[carry.output] = made
-                ins[carry.operand] = self._owned(ins[carry.operand], made, op)
-                for axis in owed:
-                    arises = scope.sums[carry.summands[0], axis]
-                    for x in (op.bodies[0].ins[carry.input], op.outs[carry.output]):
-                        sums[x, axis] = arises
-            ran = self._run_bodies(op, inputs, outputs, roles, sums)
-            self.sums |= sums
+        carried: dict[tuple[Value, str], Op] = {}
+        for carry, axes in self._late(op, ran[0][0], outputs[0]):
+            made = owing(outputs[0][carry.output], axes)
+            inputs[0][carry.input] = outputs[0][carry.output] = results[carry.output] = made
+            whole = self.want(op.ins[carry.operand], made.whole, op, f"operand {carry.operand}")
+            ins[carry.operand] = self._owned(whole, made, op)
+            arises = ran[0][0].arises(carry.summands[0])
+            for x in (op.bodies[0].ins[carry.input], op.outs[carry.output]):
+                carried |= {(x, axis): arises[axis] for axis in axes}
+            for x in carry.summands:
+                ran[0][0].request(x, axes)
+        if carried:  # once more, with carries of which every device keeps its own summand
+            ran = self._run_bodies(op, inputs, outputs, roles, carried)
+            self.sums |= carried
+        for x, inner in arising.items():
+            self.owable[x] = ran[0][0].arises(inner)
+            self.sums |= {(x, axis): made for axis, made in self.owable[x].items()}
         self.work += op.params.get("length", 1) * sum(scope.work for scope, _ in ran)
         bodies = tuple(body for _, body in ran)
         outs = tuple(self.state.local_value(v, s) for v, s in zip(op.outs, results, strict=True))
@@ -475,14 +517,66 @@ class _Scope:
             ran.append((scope, scope.run(body, ins, outputs[b], roles[b], op)))
         return ran
 
-    def owed(self, summands: Sequence[Value], dims: tuple[Axes, ...]) -> Axes:
-        """The axes over which all `summands` owe a sum, apart from those that split `dims`."""
-        used = {axis for axes in dims for axis in axes}
-        common = [axis for axis in self.mesh.names if axis not in used]
-        for x in summands:
-            sums = {a for s in self.versions[x] if s.reduction == "sum" for a in s.partial}
-            common = [axis for axis in common if axis in sums]
-        return tuple(common)
+    def _late(
+        self, op: Op, scope: "_Scope", outputs: Sequence[Sharding]
+    ) -> Iterator[tuple[Accumulator, Axes]]:
+        """The carries of a loop whose sums can be paid after it, and over which axes.
+
+        A carry that is split over such an axis becomes whole, as far as there is room for it.
+        """
+        room = float(self.state.room)
+        for carry in accumulators(op):
+            found = [scope.arises(x) for x in carry.summands]
+            axes = tuple(a for a in self.mesh.names if all(a in arises for arises in found))
+            at, shape = outputs[carry.output], op.outs[carry.output].shape
+            split = tuple(a for a in axes if a in at.axes)
+            if split:
+                dtype, wide = (
+                    op.outs[carry.output].dtype,
+                    owing(at, axes).local_shape(shape, self.mesh),
+                )
+                growth = (math.prod(wide) - math.prod(at.local_shape(shape, self.mesh))) * itemsize(
+                    dtype
+                )
+                if op.params["length"] > 1 and growth <= room:
+                    room -= growth
+                else:
+                    axes = tuple(a for a in axes if a not in split)
+            if axes:
+                yield carry, axes
+
+    def arises(self, x: Operand) -> Mapping[str, Op]:
+        """The axes over which `x` owes a sum, or would if it were not paid before; and where to."""
+        if not isinstance(x, Value):
+            return {}
+        sums = {a for s in self.versions[x] if s.reduction == "sum" for a in s.partial}
+        found = {axis: self.sums[x, axis] for axis in self.mesh.names if axis in sums}
+        if x in self.owable:
+            return {**self.owable[x], **found}
+        for group in self._linear(x):
+            each = [self.arises(y) for y in group]
+            found |= {a: op for a, op in each[0].items() if all(a in one for one in each)}
+        return found
+
+    def request(self, x: Operand, axes: Axes) -> None:
+        """Has `x`, when it is made again, owe the sums over `axes`."""
+        assert isinstance(x, Value)
+        self.state.requests[x] = axes
+        if x not in self.owable and not any(set(axes) <= set(s.partial) for s in self.versions[x]):
+            for group in self._linear(x):
+                for y in group:
+                    self.request(y, axes)
+
+    def _linear(self, x: Value) -> Iterator[list[Value]]:
+        """The operands in which the op that makes `x` is linear, where this is their only use."""
+        op = self.makers.get(x)
+        if op is None or op.bodies:
+            return
+        for group in ((0,),) if op.name == "constraint" else self.state.rule(op).linear:
+            members = [op.ins[i] for i in group]
+            values = [y for y in members if isinstance(y, Value) and self.state.uses[y] == 1]
+            if len(values) == len(members):
+                yield values
 
     def _owned(self, x: Operand, made: Sharding, consumer: Op) -> Value:
         """A whole `x` as a sum that is owed: one device of a group has all, the others zeros."""

@@ -88,7 +88,7 @@ def plan(
         shardings[value] = _at_boundary(shardings[value], refined)
     done = dataclasses.replace(done, shardings=shardings)
     target = options.on(devices.devices.flat[0].platform if devices is not None else None)
-    parted = search(model, shardings, refined, target, effort)
+    parted = search(model, shardings, refined, target, effort, options.loop_room)
     if strict:
         refuse_gathers(parted.findings)
     clock.lap("partition")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from gspmd.choose import Choice, Situation, Task, choose, led_by_result, pinned, ranked
 from gspmd.collectives import wire_bytes
 from gspmd.ir import COLLECTIVES, Op, Program, Value, bytes_of
-from gspmd.options import Target
+from gspmd.options import ROOM, Target
 from gspmd.partition import Partitioned, partition
 from gspmd.sharding import Axes, Mesh, Sharding
 
@@ -33,25 +33,26 @@ def search(
     mesh: Mesh,
     target: Target,
     effort: int,
+    room: int = ROOM,
 ) -> Partitioned:
-    """The cheapest local program of `program` that `effort` lets it find.
+    """The cheapest local program of `program` that `effort` lets it find; `room` as in `partition`.
 
     Effort 0 splits each op as propagation did its result; 1 and 2 look further.
     """
-    made = functools.partial(partition, program, shardings, mesh, target, rules={})
+    made = functools.partial(partition, program, shardings, mesh, target, rules={}, room=room)
     if effort == 0:
         return made(led_by_result)
     best, pins = made(), dict[Task, tuple[Axes, ...]]()
-    left = STEPS[effort] // max(1, sum(1 for _ in program.walk()))
+    left = STEPS[effort] - best.visits
     tried: set[Move] = set()
     while left > 0:
         move = next((move for move in _moves(program, best, mesh) if move not in tried), None)
         if move is None:
             break
         tried.add(move)
-        left -= 1
         task, axes = move
         found = made(_pinning({**pins, task: axes}))
+        left -= found.visits
         if cost(found, mesh) < cost(best, mesh) * (1 - 1e-9):
             best, pins = found, {**pins, task: axes}
     return best

@@ -162,11 +162,49 @@ def test_a_carry_that_is_read_pays_in_each_step() -> None:
     agrees(plan, total, x)
 
 
-def test_a_sum_is_not_held_back_over_an_axis_that_splits_the_carry() -> None:
-    """Full gradients on every device would undo what sharding the weights saves."""
-    step = lambda w, batches: w - accumulated(w, batches)[1]  # noqa: E731
+def descended(w: jax.Array, batches: jax.Array) -> jax.Array:
+    return w - accumulated(w, batches)[1]
+
+
+@pytest.mark.parametrize(("room", "reductions"), [(8 * 8 * 3, 1), (8 * 8 * 3 - 1, 3)])
+def test_a_split_carry_is_held_whole_where_there_is_room(room: int, reductions: int) -> None:
+    """Three quarters of the full gradient come on top of the shard that a device has anyway."""
     w, batches = floats(8, 8), floats(3, 12, 8)
-    plan = gspmd.plan(step, w, batches, mesh="x=4", in_specs=(P("x"), P(None, "x")))
+    plan = gspmd.plan(
+        descended,
+        w,
+        batches,
+        mesh="x=4",
+        in_specs=(P("x"), P(None, "x")),
+        options=gspmd.Options(room=room),
+    )
     scattered = [c for c in plan.collectives if c.kind == "reduce_scatter"]
-    assert [c.trips for c in scattered] == [3]
+    assert [c.trips for c in scattered] == [reductions]
+    agrees(plan, descended, w, batches)
+
+
+@pytest.mark.parametrize("split", [P(), P(None, "x")], ids=["whole", "split"])
+def test_gradients_of_scanned_layers_are_reduced_once_after_the_microbatches(split: P) -> None:
+    """From a product in a rematerialized layer, through two loops and an annotation."""
+
+    @jax.checkpoint
+    def layer(h: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.tanh(h @ gspmd.annotate(w, P(*split[1:])))
+
+    def loss(w: jax.Array, batch: jax.Array) -> jax.Array:
+        h, _ = lax.scan(lambda h, w: (layer(h, w), None), batch, w)
+        return jnp.sum(jnp.square(h))
+
+    def step(w: jax.Array, batches: jax.Array) -> jax.Array:
+        def add(total: jax.Array, batch: jax.Array) -> tuple[jax.Array, None]:
+            return total + jax.grad(loss)(w, batch), None
+
+        return w - 0.01 * lax.scan(add, jnp.zeros_like(w), batches)[0]
+
+    w, batches = 0.3 * floats(2, 8, 8), floats(3, 12, 8)
+    plan = gspmd.plan(step, w, batches, mesh="x=4", in_specs=(split, P(None, "x")), out_specs=split)
+    sums = [c for c in plan.collectives if c.kind in ("reduce_scatter", "all_reduce")]
+    assert [(c.kind, c.trips) for c in sums] == [
+        ("reduce_scatter" if any(split) else "all_reduce", 1)
+    ]
     agrees(plan, step, w, batches)
