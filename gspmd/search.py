@@ -44,17 +44,15 @@ def search(
         return made(led_by_result)
     best, pins = made(), dict[Task, tuple[Axes, ...]]()
     left = STEPS[effort] - best.visits
-    tried: set[Move] = set()
-    while left > 0:
-        move = next((move for move in _moves(program, best, mesh) if move not in tried), None)
-        if move is None:
-            break
+    moves, tried = _moves(program, best, mesh), set[Move]()
+    while moves and left > 0:
+        task, axes = move = moves.pop()
         tried.add(move)
-        task, axes = move
         found = made(_pinning({**pins, task: axes}))
         left -= found.visits
         if cost(found, mesh) < cost(best, mesh) * (1 - 1e-9):
             best, pins = found, {**pins, task: axes}
+            moves = [move for move in _moves(program, best, mesh) if move not in tried]
     return best
 
 
@@ -81,7 +79,7 @@ def _pinning(pins: Pins) -> Callable[[Situation], Choice]:
 
 
 def _moves(program: Program, made: Partitioned, mesh: Mesh) -> list[Move]:
-    """Other splits for the ops around collectives, those first by which most might be saved."""
+    """Other splits for the ops around collectives, those last by which most might be saved."""
     blamed = _blamed(program, made, mesh)
     runs = {op: abs(trips) for op, trips in program.walk()}
     found: dict[Move, float] = {}
@@ -90,7 +88,7 @@ def _moves(program: Program, made: Partitioned, mesh: Mesh) -> list[Move]:
         for other in ranked(decided.situation) if task in blamed else ():
             if other.axes != decided.choice.axes:
                 dearer = (other.cost - decided.choice.cost) * runs[op]
-                found.setdefault((task, other.axes), dearer - blamed[task])
+                found.setdefault((task, other.axes), blamed[task] - dearer)
     return sorted(found, key=lambda move: found[move])
 
 
