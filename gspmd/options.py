@@ -61,8 +61,9 @@ class Options:
       target: the devices to plan for; None takes the platform of the mesh's devices, and TPUs where
         it has none.
       overlap: "always" turns each gather that feeds a product, and each product that feeds a
-        scatter, into a loop of permutes and partial products; "auto" does where that hides more
-        than it costs; "none" leaves them.
+        scatter, into a loop of permutes and partial products, and gathers what the next step of a
+        loop needs of its weights one step ahead; "auto" does where that hides more than it costs;
+        "none" leaves them.
       reduction: "narrow" reduces in the narrower type what is converted to it right after the
         reduction, or from it right before: fewer bytes, and sums rounded in that type; "as written"
         reduces in the type that the program has.

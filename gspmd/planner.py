@@ -17,6 +17,7 @@ from gspmd.partition import refuse_gathers
 from gspmd.plan import Plan
 from gspmd.propagate import Propagated, propagate
 from gspmd.search import search
+from gspmd.shard_update import shard_update
 from gspmd.sharding import Axes, Constraint, Mesh, Sharding, root_axis
 from gspmd.specs import AnyMesh, Rules, check_rules, read_mesh, resolve, spec_tree
 from gspmd.splice import splice
@@ -82,6 +83,8 @@ def plan(
     model = splice(_with_outputs(traced, out_specs, logical, rules))
     on_trust = unchecked(model)
     refined, done = _propagate(model, logical, fixed)
+    if options.shard_update and (state := shard_update(model, fixed, done.shardings, refined)):
+        refined, done = _propagate(model, logical, {**fixed, **state})
     clock.lap("propagate")
     shardings = dict(done.shardings)
     for value in (*model.ins, *(v for v in model.outs if isinstance(v, Value))):

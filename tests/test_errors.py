@@ -206,6 +206,22 @@ SPECS: dict[str, Case] = {
         lambda: plan(product, A, B, options=gspmd.Options(overlap="yes")),  # pyright: ignore[reportArgumentType]
         ("overlap='yes'", "none, auto or always"),
     ),
+    "reduction": (
+        lambda: plan(product, A, B, options=gspmd.Options(reduction="bf16")),  # pyright: ignore[reportArgumentType]
+        ("reduction='bf16'", "as written or narrow"),
+    ),
+    "room": (
+        lambda: plan(product, A, B, options=gspmd.Options(room=-1)),
+        ("room=-1", "a number of bytes, 0 or more, or None"),
+    ),
+    "room in words": (
+        lambda: plan(product, A, B, options=gspmd.Options(room="1GB")),  # pyright: ignore[reportArgumentType]
+        ("room='1GB'", "a number of bytes, 0 or more, or None"),
+    ),
+    "shard_update": (
+        lambda: plan(product, A, B, options=gspmd.Options(shard_update=1)),  # pyright: ignore[reportArgumentType]
+        ("shard_update=1", "True or False"),
+    ),
 }
 
 MESHES: dict[str, tuple[Any, tuple[str, ...]]] = {

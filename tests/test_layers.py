@@ -30,7 +30,7 @@ LAYERS = (
         "gspmd.reshard",
         "gspmd.trace",
     ),
-    ("gspmd.choose", "gspmd.explain", "gspmd.rules.check", "gspmd.splice"),
+    ("gspmd.choose", "gspmd.explain", "gspmd.rules.check", "gspmd.shard_update", "gspmd.splice"),
     ("gspmd.findings",),
     ("gspmd.partition",),
     ("gspmd.search",),

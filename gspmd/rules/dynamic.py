@@ -77,7 +77,7 @@ def _slice_call(op: Op, split: Split) -> Callable[..., Any]:
     return local
 
 
-@rule("dynamic_slice", params=_slice_params, call=_slice_call)
+@rule("dynamic_slice", params=_slice_params, call=_slice_call, picks=True)
 def dynamic_slice(op: Op) -> FactorRule:
     """Dims taken in full pass. Of other dims the operand is summed, and the result may be split."""
     f = Factors()

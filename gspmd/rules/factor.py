@@ -86,6 +86,20 @@ class FactorRule:
         """No operand has a factor: results can be made anew under any sharding (iota, zeros)."""
         return not any(factors for dims in self.ins for factors in dims)
 
+    @property
+    def elementwise(self) -> bool:
+        """Each entry of the results is made of those at its place in the operands."""
+        place = self.outs[0] if self.outs else ()
+        return (
+            bool(self.outs)
+            and set(self.kinds) <= {"pass"}
+            and not self.exchanged
+            and all(len(factors) == 1 for factors in place)
+            and all(dims == place for dims in self.outs)
+            and all(len(dims) in (0, len(place)) for dims in self.ins)
+            and all(f in ((), g) for dims in self.ins for f, g in zip(dims, place, strict=False))
+        )
+
     def __str__(self) -> str:
         def tensor(dims: Dims) -> str:
             parts: list[str] = []
@@ -185,6 +199,7 @@ class OpRule:
     may be used. `partition(builder, op, split, ins)` emits the op on the local operands where an
     exchanged factor is split, and returns the local results; None if that split is beyond it.
     `check(op)` tries a user's rule that has not been tried yet; it returns why it cannot.
+    `picks`: of the summands of a result that come of a split factor, all but one are zero.
     """
 
     factors: Callable[[Op], FactorRule]
@@ -192,6 +207,7 @@ class OpRule:
     call: Callable[[Op, Split], Callable[..., Any]] | None = None
     partition: "Partition | None" = None
     check: Callable[[Op], str] | None = None
+    picks: bool = False
 
 
 RULES: dict[str, OpRule] = {}
@@ -202,6 +218,7 @@ def rule(
     params: Callable[[Op, Split], dict[str, Any]] | None = None,
     call: Callable[[Op, Split], Callable[..., Any]] | None = None,
     partition: Partition | None = None,
+    picks: bool = False,
 ) -> Callable[[Callable[[Op], FactorRule]], Callable[[Op], FactorRule]]:
     """Registers the decorated function as the rule of `primitives`."""
 
@@ -209,7 +226,7 @@ def rule(
         for primitive in primitives:
             if primitive in RULES:
                 raise RuleError(f"primitive {primitive!r} already has a rule.")
-            RULES[primitive] = OpRule(factors, params, call, partition)
+            RULES[primitive] = OpRule(factors, params, call, partition, picks=picks)
         return factors
 
     return register

@@ -52,7 +52,7 @@ def _call(op: Op, split: Split) -> Callable[..., Any]:
     return local
 
 
-@rule("gather", params=_params, call=_call)
+@rule("gather", params=_params, call=_call, picks=True)
 def gather(op: Op) -> FactorRule:
     """Dims taken in full pass, and dims of the indices; other dims of the operand are summed."""
     f = Factors()

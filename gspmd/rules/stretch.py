@@ -126,7 +126,7 @@ def _thin(x: Any, *, dim: int, axes: Axes, at: Sequence[int], stride: int, size:
     return restore(jnp.take(x, rows, axis=dim, mode="clip"))
 
 
-@rule("slice", params=_slice_params, call=_slice_call, partition=_slice_partition)
+@rule("slice", params=_slice_params, call=_slice_call, partition=_slice_partition, picks=True)
 def slice_(op: Op) -> FactorRule:
     """Dims taken in full pass. A few entries are summed, more are exchanged."""
     f = Factors()
