@@ -102,10 +102,14 @@ def _list(params: dict[str, Any]) -> str:
 
 
 def _pairs(pairs: Sequence[tuple[int, int]]) -> str:
-    """`+1` where everyone sends to the next, else who sends to whom: `1>0,3>2`."""
+    """`+1` where everyone sends to the next, `+1mod4` where the last sends to the first, else who
+    sends to whom: `1>0,3>2`."""
     distances = {receiver - sender for sender, receiver in pairs}
     if len(distances) == 1:
         return f"{distances.pop():+d}"
+    n, around = len(pairs), {(receiver - sender) % len(pairs) for sender, receiver in pairs}
+    if n > 2 and len(around) == 1 and {sender for sender, _ in pairs} == set(range(n)):
+        return f"{min(distances, key=abs):+d}mod{n}"
     shown = [f"{sender}>{receiver}" for sender, receiver in pairs[:MANY]]
     return ",".join(shown) + (",..." if len(pairs) > MANY else "")
 

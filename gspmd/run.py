@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import PartitionSpec as P
 
+from gspmd.collectives import Backend, backend_of
 from gspmd.errors import ArgumentError, MeshError
 from gspmd.evaluate import evaluate
 from gspmd.ir import Layout, Literal, Operand, Program, Value
@@ -155,10 +156,12 @@ class Executable:
         if any(isinstance(x, Tracer) for x in args):
             return self._trace(args)
         self._check_donated(args)
-        placed = [self._place(i, x) for i, x in enumerate(args)]
+        placed = self._placed(args)
         if any(isinstance(x, Tracer) for x in placed):  # numpy arrays, in a function being traced
             return self._trace(args)
         outs = self._compiled(*placed)
+        if self._gives_even:
+            return list(outs)
         return [
             x if x.shape == at.shape else Uneven(x, at.shape)
             for x, at in zip(outs, self._outs, strict=True)
@@ -168,7 +171,7 @@ class Executable:
         """What every device holds of each output: `out[i][*mesh, *local shape]`."""
 
         def held(*shards: jax.Array) -> tuple[jax.Array, ...]:
-            outs = evaluate(self.program, shards, "devices")
+            outs = evaluate(self.program, shards, self._backend)
             one = (1,) * len(self.mesh.axes)
             return tuple(x.reshape(one + x.shape) for x in map(jnp.asarray, outs))
 
@@ -179,7 +182,7 @@ class Executable:
             out_specs=P(*self.mesh.names),
             check_vma=False,
         )
-        placed = [self._place(i, x) for i, x in enumerate(args)]
+        placed = self._placed(args)
         with jax.sharding.use_abstract_mesh(self._own.abstract_mesh):
             return jax.jit(run)(*placed)
 
@@ -227,6 +230,14 @@ class Executable:
         return tuple(_layout(value) for value in self.program.outs)
 
     @functools.cached_property
+    def _backend(self) -> Backend:
+        return backend_of(self.devices.devices.flat[0].platform)
+
+    @functools.cached_property
+    def _gives_even(self) -> bool:
+        return all(at.sharding.padded_shape(at.shape, self.mesh) == at.shape for at in self._outs)
+
+    @functools.cached_property
     def _own(self) -> DeviceMesh:
         """The program's mesh over the user's devices."""
         sizes = tuple(size for _, size in self.mesh.axes)
@@ -247,7 +258,7 @@ class Executable:
     @functools.cached_property
     def _sharded(self) -> Callable[..., tuple[jax.Array, ...]]:
         def local_program(*shards: jax.Array) -> tuple[jax.Array, ...]:
-            return tuple(evaluate(self.program, shards, "devices"))
+            return tuple(evaluate(self.program, shards, self._backend))
 
         return jax.shard_map(
             local_program,
@@ -290,16 +301,19 @@ class Executable:
         names = self.devices.axis_names
         return jax.jit(jax.sharding.auto_axes(whole, axes=names, out_sharding=even))
 
-    def _place(self, i: int, x: Any) -> jax.Array:
-        """Argument `i` as it must lie, without a copy if it lies so already."""
-        value, at, sharding = self.program.ins[i], self._ins[i], self.in_shardings[i]
-        if (
-            isinstance(x, jax.Array | Uneven)
-            and x.sharding == sharding
-            and x.shape == at.shape
-            and x.dtype == value.dtype
-        ):
-            return x.padded if isinstance(x, Uneven) else x
+    def _placed(self, args: Sequence[Any]) -> list[jax.Array]:
+        """The arguments as they must lie, those that do so already as they are."""
+        wanted = zip(args, self.program.ins, self._ins, self.in_shardings, strict=True)
+        return [
+            x
+            if isinstance(x, jax.Array) and _lies(x, value, at, sharding)
+            else self._place(x, value, at, sharding)
+            for x, value, at, sharding in wanted
+        ]
+
+    def _place(self, x: Any, value: Value, at: Layout, sharding: NamedSharding) -> jax.Array:
+        if isinstance(x, Uneven) and _lies(x, value, at, sharding):
+            return x.padded
         if isinstance(x, Uneven):
             x = jnp.asarray(x)
         self._check_devices(value, x)
@@ -316,7 +330,7 @@ class Executable:
 
     def _check_donated(self, args: Sequence[Any]) -> None:
         """Raises if an array is donated and passed a second time: XLA would crash."""
-        if not any(self.donate):
+        if not any(self.donate) or len(set(map(id, args))) == len(args):
             return
         first: dict[int, int] = {}
         for i, x in enumerate(args):
@@ -398,6 +412,21 @@ def _arrange(mesh: Mesh, devices: Sequence[Any], who_has: str, way_out: str) -> 
     sizes = tuple(size for _, size in mesh.axes)
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(sizes, mesh.names, kinds, devices=devices[: mesh.devices])
+
+
+def _lies(x: jax.Array | Uneven, value: Value, at: Layout, sharding: NamedSharding) -> bool:
+    """Whether `x` can be passed for the input `value` as it is."""
+    return (
+        x.shape == at.shape
+        and x.dtype == value.dtype
+        and (x.sharding is sharding or _same(x.sharding, sharding, x.ndim))
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _same(a: jax.sharding.Sharding, b: NamedSharding, rank: int) -> bool:
+    """Whether both put the same shards on the same devices: `P("x")` and `P("x", None)` do."""
+    return a == b or a.is_equivalent_to(b, rank)
 
 
 def _pad(x: Any, shape: Sequence[int]) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gspmd import collectives, local
+from gspmd.collectives import Backend
 from gspmd.ir import Op
 
 SIZES = {"x": 2, "y": 4}
@@ -42,7 +44,8 @@ def on_devices(fn: Callable[..., Any], *args: jax.Array) -> Any:
     return jax.jit(run)(*args)
 
 
-RUNNERS: dict[collectives.Target, Any] = {"simulated": on_simulated, "devices": on_devices}
+# A back end's forms are right everywhere: TPU's, which are GPU's too, run on CPU devices here.
+RUNNERS: dict[Backend, Any] = {"simulated": on_simulated, "tpu": on_devices, "cpu": on_devices}
 
 
 def numbers(dtype: Any, *shape: int, seed: int = 0) -> jax.Array:
@@ -85,7 +88,7 @@ def expected(shards: Shards, axes: tuple[str, ...], each: Callable[[list[Any], i
 Case = tuple[str, dict[str, Any], Any]  # a collective, its params, and what it should give
 
 
-def check(x: jax.Array, cases: list[Case], runner: collectives.Target) -> None:
+def check(x: jax.Array, cases: list[Case], runner: Backend) -> None:
     """Runs all cases in one program, which compiles sooner than one program for each."""
     ops = [Op(name, (), (), params) for name, params, _ in cases]
     run = lambda x: [collectives.lower(op, [x], runner)[0] for op in ops]  # noqa: E731
@@ -98,9 +101,7 @@ def check(x: jax.Array, cases: list[Case], runner: collectives.Target) -> None:
 
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize(("dtype", "axes"), CASES)
-def test_what_moves_data_in_every_dtype(
-    dtype: str, axes: tuple[str, ...], runner: collectives.Target
-) -> None:
+def test_what_moves_data_in_every_dtype(dtype: str, axes: tuple[str, ...], runner: Backend) -> None:
     x = numbers(dtype, 8, 3)
     shards = plain(x)
     n = int(np.prod([SIZES[a] for a in axes]))
@@ -132,9 +133,7 @@ REDUCE: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize(("dtype", "axes"), CASES)
-def test_reductions_in_every_dtype(
-    dtype: str, axes: tuple[str, ...], runner: collectives.Target
-) -> None:
+def test_reductions_in_every_dtype(dtype: str, axes: tuple[str, ...], runner: Backend) -> None:
     x = numbers(dtype, 8, 3)
     n = int(np.prod([SIZES[a] for a in axes]))
     logical = jnp.issubdtype(dtype, jnp.integer) or dtype == "bool"
@@ -156,7 +155,7 @@ def test_reductions_in_every_dtype(
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_an_all_reduce_takes_several_operands_of_several_dtypes(runner: collectives.Target) -> None:
+def test_an_all_reduce_takes_several_operands_of_several_dtypes(runner: Backend) -> None:
     xs = [numbers("float32", 3), numbers("int32", 2, 2, seed=1), numbers("bool", 5, seed=2)]
     op = Op("all_reduce", (), (), {"axes": ("y", "x"), "reduction": "sum"})
     got = RUNNERS[runner](lambda *xs: collectives.lower(op, xs, runner), *xs)
@@ -166,7 +165,88 @@ def test_an_all_reduce_takes_several_operands_of_several_dtypes(runner: collecti
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_random_keys_travel_as_their_words(runner: collectives.Target) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "int4", "bool"])
+def test_gathers_and_scatters_take_several_operands(dtype: str, runner: Backend) -> None:
+    axes = ("y", "x")
+    xs = [numbers(dtype, 8, 3), numbers(dtype, 2, 16, seed=1), numbers(dtype, 3, 8, 2, seed=2)]
+    dims = (0, 1, 1)
+    for name in ("all_gather", "reduce_scatter"):
+        several = Op(name, (), (), {"axes": axes, "dim": dims})
+        alone = [Op(name, (), (), {"axes": axes, "dim": dim}) for dim in dims]
+
+        def both(*xs: jax.Array, several: Op = several, alone: list[Op] = alone) -> Any:
+            apart = [collectives.lower(op, [x], runner)[0] for op, x in zip(alone, xs, strict=True)]
+            return collectives.lower(several, xs, runner), apart
+
+        for got, want in zip(*RUNNERS[runner](both, *xs), strict=True):
+            assert got.dtype == want.dtype
+            np.testing.assert_array_equal(plain(got), plain(want))
+
+
+def hlo(op: Op, backend: Backend, *shapes: tuple[int, ...]) -> str:
+    """What XLA makes of `op` on 8 CPU devices, lowered as for `backend`."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), ("x",))
+    run = lambda *xs: collectives.lower(op, xs, backend)  # noqa: E731
+    run = jax.shard_map(run, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
+    xs = [jax.ShapeDtypeStruct((8 * n, *rest), np.float32) for n, *rest in shapes]
+    return jax.jit(run).lower(*xs).compile().as_text() or ""
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "spelled"),
+    [
+        ("all_gather", {"dim": (0, 1)}, "all-gather"),
+        ("reduce_scatter", {"dim": (0, 1)}, "reduce-scatter"),
+        ("all_reduce", {"reduction": "sum"}, "all-reduce"),
+    ],
+)
+def test_several_operands_are_one_message_on_cpu(
+    name: str, params: dict[str, Any], spelled: str
+) -> None:
+    op = Op(name, (), (), {"axes": ("x",), **params})
+    (message,) = re.findall(rf"= (.*) {spelled}\(", hlo(op, "cpu", (8, 4), (2, 8)))
+    assert message.startswith("f32"), "one array, no tuple"
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "first"),
+    [
+        ("all_gather", "cpu", True),
+        ("reduce_scatter", "cpu", True),
+        ("all_gather", "tpu", False),
+        ("reduce_scatter", "tpu", True),  # in parts of 128 bytes
+        ("all_gather", "gpu", False),
+        ("reduce_scatter", "gpu", False),
+    ],
+)
+def test_parts_travel_along_the_dim_that_the_back_end_likes(
+    name: str, backend: Backend, first: bool
+) -> None:
+    op = Op(name, (), (), {"axes": ("x",), "dim": 1})
+    text = hlo(op, backend, (4, 256))
+    (dim,) = re.findall(rf"{name.replace('_', '-')}\(.*dimensions={{(\d)}}", text)
+    assert (dim == "0") is first
+
+
+@pytest.mark.parametrize(
+    ("part", "dim", "dtype", "breaks"),
+    [
+        ((16, 128), 1, "float32", False),
+        ((16, 128), 1, "bfloat16", True),
+        ((16, 256), 1, "bfloat16", False),
+        ((8, 128), 0, "float32", False),
+        ((8, 128), 0, "bfloat16", True),
+        ((1, 8, 128), 0, "bfloat16", False),
+    ],
+)
+def test_what_breaks_the_tiles_of_a_tpu(
+    part: tuple[int, ...], dim: int, dtype: str, breaks: bool
+) -> None:
+    assert collectives.FORMS["tpu"].scatter_first(part, dim, jnp.dtype(dtype)) is breaks
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_random_keys_travel_as_their_words(runner: Backend) -> None:
     keys = jax.random.split(jax.random.key(7), (2, 4, 8))
     axes = ("x", "y")
     shards = plain(keys)
@@ -184,7 +264,7 @@ def test_random_keys_travel_as_their_words(runner: collectives.Target) -> None:
 
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("shape", [(0, 3), (8, 0)])
-def test_a_dim_of_size_zero(shape: tuple[int, int], runner: collectives.Target) -> None:
+def test_a_dim_of_size_zero(shape: tuple[int, int], runner: Backend) -> None:
     x = jnp.zeros((2, 4, *shape))
     ops: list[tuple[str, dict[str, Any]]] = [
         ("all_gather", {"axes": ("x", "y"), "dim": 0}),
@@ -199,7 +279,7 @@ def test_a_dim_of_size_zero(shape: tuple[int, int], runner: collectives.Target) 
 
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("reduction", ["max", "min"])
-def test_extrema_are_differentiable(reduction: str, runner: collectives.Target) -> None:
+def test_extrema_are_differentiable(reduction: str, runner: Backend) -> None:
     op = Op("all_reduce", (), (), {"axes": ("y",), "reduction": reduction})
     extremum = lambda x: collectives.lower(op, [x], runner)[0]  # noqa: E731
     x = jnp.arange(8.0).reshape(2, 4, 1).at[1].set(3.0)
@@ -209,9 +289,9 @@ def test_extrema_are_differentiable(reduction: str, runner: collectives.Target) 
     np.testing.assert_allclose(np.asarray(tangent)[:, 0, 0], want)
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("runner", ["simulated", "cpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e5m2"])
-def test_extrema_see_nan_and_infinity(dtype: str, runner: collectives.Target) -> None:
+def test_extrema_see_nan_and_infinity(dtype: str, runner: Backend) -> None:
     rows = [[np.nan, 1, -2, 3], [-np.nan, np.inf, 0, -1], [np.inf, 1, -np.inf, 2], [-4, -3, -2, -1]]
     x = jnp.broadcast_to(jnp.asarray(rows, dtype).T, (2, 4, 4))
     ops = [Op("all_reduce", (), (), {"axes": ("y",), "reduction": r}) for r in ("max", "min")]
@@ -240,7 +320,7 @@ def test_a_dim_that_does_not_fall_into_pieces_is_refused() -> None:
 @pytest.mark.parametrize("axes", GROUPS, ids="".join)
 @pytest.mark.parametrize("size", [16, 11, 3, 0])
 def test_shard_then_gather_is_the_padded_whole(
-    size: int, axes: tuple[str, ...], runner: collectives.Target
+    size: int, axes: tuple[str, ...], runner: Backend
 ) -> None:
     n = int(np.prod([SIZES[a] for a in axes]))
     block = -(-size // n)
@@ -257,9 +337,7 @@ def test_shard_then_gather_is_the_padded_whole(
 
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_masked_does_not_show_in_the_reduction(
-    dtype: str, runner: collectives.Target
-) -> None:
+def test_what_is_masked_does_not_show_in_the_reduction(dtype: str, runner: Backend) -> None:
     logical = jnp.issubdtype(dtype, jnp.integer) or dtype == "bool"
     reductions = [r for r in local.REDUCTIONS if logical or r not in ("and", "or", "xor")]
     x = numbers(dtype, 3, 2)
@@ -283,7 +361,7 @@ def test_what_is_masked_does_not_show_in_the_reduction(
 
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("dtype", [*DTYPES, "key"])
-def test_the_sum_of_what_owners_hold_is_one_copy(dtype: str, runner: collectives.Target) -> None:
+def test_the_sum_of_what_owners_hold_is_one_copy(dtype: str, runner: Backend) -> None:
     one = jax.random.split(jax.random.key(3), 5) if dtype == "key" else numbers(dtype, 5)[0, 0]
     x = jnp.broadcast_to(one, (2, 4, 5))
     op = Op("all_reduce", (), (), {"axes": ("x", "y"), "reduction": "sum"})

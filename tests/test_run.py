@@ -223,7 +223,7 @@ def test_what_is_rematerialized_stays_so() -> None:
         params = {"prevent_cse": True, "policy": None, "differentiated": differentiated}
         remat = Op("remat", (x,), (out,), params, (body,))
         program = Program((x,), (remat,), (out,))
-        text = str(jax.make_jaxpr(lambda x, p=program: evaluate(p, [x], "devices"))(jnp.ones(3)))
+        text = str(jax.make_jaxpr(lambda x, p=program: evaluate(p, [x], "cpu"))(jnp.ones(3)))
         assert ("optimization_barrier" in text) == differentiated
         assert "checkpoint" in text or "remat" in text
 
@@ -312,7 +312,10 @@ def test_right_arrays_are_taken_as_they_are_and_compiled_for_once() -> None:
     program, mesh = doubling(8, x=2, y=4)
     run = compile_program(program, mesh_of(x=2, y=4), mesh)
     (once,) = run(numbers(8, 2))
-    assert run._place(0, once) is once
+    assert run._placed([once])[0] is once
+    shorter = jax.device_put(once, NamedSharding(mesh_of(x=2, y=4), P(("x", "y"))))
+    assert shorter.sharding != once.sharding
+    assert run._placed([shorter])[0] is shorter
     (twice,) = run(once)
     assert twice.sharding == once.sharding
     assert run.compile() is run.compile()
@@ -382,7 +385,7 @@ def test_an_uneven_array_stays_split_between_calls() -> None:
     run = compile_program(program, mesh_of(x=2, y=2), mesh)
     (x,) = run(numbers(6, 2))
     assert isinstance(x, Uneven)
-    assert run._place(0, x) is x.padded
+    assert run._placed([x])[0] is x.padded
     assert {shard.data.shape for shard in x.padded.addressable_shards} == {(2, 2)}
     check(run(x), [numbers(6, 2) * 4])
     assert not any(op in run.compile().as_text() for op in ("all-gather", "collective-permute"))
