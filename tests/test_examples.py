@@ -27,6 +27,10 @@ SHOWN = {
         r"^  #12 all_reduce\[\(data,rows\)\] .* 25,536 B, backward, ",
         r"^largest difference: (0\.0e\+00|\d\.\de-0[6-9]) of the largest entry$",
     ],
+    "overlap": [
+        r'^overlap="none": 2 x all_gather, reduce_scatter: 469\.8 MB$',
+        r'^overlap="auto": 14 x collective_permute: 469\.8 MB$',
+    ],
     "pod_on_a_laptop": [
         r"^137,702,416,384 parameters, 138,334,336 on each device;",
         r"^reduce_scatter +model +\d+ +\d+\.\d\d$",

@@ -192,6 +192,8 @@ class _Scope:
         if not fed or not self.worth(group, block, [(f.op, f.factor, size) for f in fed]):
             return
         keep = x in self.outs or len(products) < len(self.users[x])
+        if keep and not self.always:
+            return  # XLA holds twice what a loop puts together: nearly double the peak of a layer
         made = _gather_ring(Writer(op, self.ids), group, shard, dim, x, fed, keep)
         replaced = {op, *products} if trim is None else {op, trim, *products}
         moved = {*late}
