@@ -144,7 +144,7 @@ def _all_gather(
         rows = [x.ravel() for x, _ in each]
         stacks = _together(rows, lambda row: lax.all_gather(row, axes))
         wholes = [
-            _from_first(stack.reshape(-1, *x.shape), dim)
+            _from_first(stack.reshape(lax.axis_size(axes), *x.shape), dim)
             for stack, (x, dim) in zip(stacks, each, strict=True)
         ]
     else:

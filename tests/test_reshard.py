@@ -287,6 +287,15 @@ def test_an_empty_tensor_is_resharded() -> None:
         assert plan.wire_bytes == plan.peak_bytes == 0
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (0, 0)])
+def test_shards_of_an_empty_tensor_are_cut_and_joined(shape: tuple[int, int]) -> None:
+    """Onto both axes in one dim, and back: of no entries no size can be inferred."""
+    empty = np.zeros(shape, np.float32)
+    for src, dst in itertools.permutations([P(None, "x"), P(("x", "y"))]):
+        plan = gspmd.plan(lambda x: x, empty, mesh="x=4,y=3", in_specs=src, out_specs=dst)
+        assert plan.simulate(empty).shape == shape
+
+
 def test_many_partners_are_not_served_one_by_one() -> None:
     """64 devices hold what one wants: an all_to_all after one permute, at twice the bytes."""
     mesh = Mesh((("x", 16), ("y", 64)))

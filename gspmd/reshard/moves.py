@@ -203,7 +203,8 @@ def cut_pieces(x: jax.Array, *, split: Digits, front: Axes, piece: Shape) -> jax
             del names[i]
     order = [names.index(axis) for axis in front]
     order += [i for i in range(x.ndim) if i not in order]
-    return restore(x.transpose(order).reshape(-1, *piece, *trailing))
+    count = math.prod(map(lax.axis_size, front))
+    return restore(x.transpose(order).reshape(count, *piece, *trailing))
 
 
 def join_pieces(x: jax.Array, *, joined: Digits, back: Axes) -> jax.Array:
