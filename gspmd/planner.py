@@ -12,6 +12,7 @@ from gspmd.errors import SpecError
 from gspmd.findings import unbounded, unchecked
 from gspmd.ir import Op, Program, Value, next_id, verify
 from gspmd.optimize import optimize, passes
+from gspmd.optimize.drop_unused import drop_unused
 from gspmd.options import Options, options_of
 from gspmd.partition import refuse_gathers
 from gspmd.plan import Plan
@@ -81,6 +82,7 @@ def plan(
     clock.lap("trace")
     fixed = _input_constraints(traced, in_specs, logical, rules)
     model = splice(_with_outputs(traced, out_specs, logical, rules))
+    model = drop_unused(model, logical)  # what nobody reads has no say in how the rest is split
     on_trust = unchecked(model)
     refined, done = _propagate(model, logical, fixed)
     if options.shard_update and (state := shard_update(model, fixed, done.shardings, refined)):

@@ -78,5 +78,24 @@ def test_it_finds_what_single_ops_do_not() -> None:
         in_specs=(None, P("batch")),
         rules=transformer.rules_for("sequence", ("data", "model")),
     )
-    alone = partition(made.model, made.propagated.shardings, made.mesh, TPU)
-    assert made.wire_bytes == pytest.approx(cost(alone, made.mesh) - alone.work - 196_608)
+    given = (made.model, made.propagated.shardings, made.mesh, TPU)
+    alone, found = partition(*given), search(*given, 1)
+    sent = [cost(one, made.mesh) - one.work for one in (alone, found)]
+    assert sent[0] - sent[1] == pytest.approx(2 * 3 / 4 * 8 * 64 * 128 / 4 * 4 * 2)  # two layers
+
+
+def test_what_nobody_reads_is_not_reckoned_with() -> None:
+    """A roll is traced as slices that are joined, of which only the joint is left."""
+    x = jax.ShapeDtypeStruct((2048, 512), jnp.float32)
+    sent = [
+        gspmd.plan(
+            lambda x: jnp.roll(x, 700, 0),
+            x,
+            mesh="x=8",
+            in_specs=P("x"),
+            out_specs=P("x"),
+            effort=effort,
+        ).wire_bytes
+        for effort in (0, 1, 2)
+    ]
+    assert sent == [2048 // 8 * 512 * 4] * 3
