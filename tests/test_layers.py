@@ -32,6 +32,7 @@ LAYERS = (
     ),
     ("gspmd.choose", "gspmd.explain", "gspmd.rules.check", "gspmd.shard_update", "gspmd.splice"),
     ("gspmd.findings",),
+    ("gspmd.emit",),
     ("gspmd.partition",),
     ("gspmd.search",),
     ("gspmd.optimize",),

@@ -197,12 +197,12 @@ def one_gather(b: Builder) -> Program:
     return b.done(total(b, tanh(b, whole(b, b.arg("x", (8,), "x")))))
 
 
-def sums_added_after_tanh(b: Builder) -> Program:
-    return b.done(plus(b, *(tanh(b, paid(b, owed_sum(b, name, 8))) for name in "xy")))
+def sums_added_after_tanh(n: int) -> Callable[[Builder], Program]:
+    return lambda b: b.done(plus(b, *(tanh(b, paid(b, owed_sum(b, name, n))) for name in "xy")))
 
 
 def a_sum_cut_after_tanh(b: Builder) -> Program:
-    return b.done(block(b, tanh(b, paid(b, owed_sum(b, "x", 8)))))
+    return b.done(block(b, tanh(b, paid(b, owed_sum(b, "x", 32)))))
 
 
 def gathers_cut_after_plus(b: Builder) -> Program:
@@ -403,24 +403,35 @@ CASES: dict[str, tuple[Pass, Callable[[Builder], Program], str]] = {
           %2: f32[] = reduce_sum[axes=(0,)] %1
           return %2
         """),
-    "delay gathers once what sums lead to": (delay, sums_added_after_tanh, """
-        program (x: f32[8@x,8], y: f32[8@x,8])
-          %0: f32[8]+x = reduce_sum[axes=(0,)] x
-          #1 %1: f32[8@x] = reduce_scatter[x][dim=0] %0
-          %2: f32[8@x] = tanh %1
-          %3: f32[8]+x = reduce_sum[axes=(0,)] y
-          #2 %4: f32[8@x] = reduce_scatter[x][dim=0] %3
-          %5: f32[8@x] = tanh %4
-          %6: f32[8@x] = add %2, %5
-          #3 %7: f32[8] = all_gather[x][dim=0] %6
+    "delay gathers once what sums lead to": (delay, sums_added_after_tanh(32), """
+        program (x: f32[8@x,32], y: f32[8@x,32])
+          %0: f32[32]+x = reduce_sum[axes=(0,)] x
+          #1 %1: f32[32@x] = reduce_scatter[x][dim=0] %0
+          %2: f32[32@x] = tanh %1
+          %3: f32[32]+x = reduce_sum[axes=(0,)] y
+          #2 %4: f32[32@x] = reduce_scatter[x][dim=0] %3
+          %5: f32[32@x] = tanh %4
+          %6: f32[32@x] = add %2, %5
+          #3 %7: f32[32] = all_gather[x][dim=0] %6
           return %7
         """),
     "delay drops the half of a sum that is cut in the end": (delay, a_sum_cut_after_tanh, """
-        program (x: f32[8@x,8])
-          %0: f32[8]+x = reduce_sum[axes=(0,)] x
-          #1 %1: f32[8@x] = reduce_scatter[x][dim=0] %0
-          %2: f32[8@x] = tanh %1
+        program (x: f32[8@x,32])
+          %0: f32[32]+x = reduce_sum[axes=(0,)] x
+          #1 %1: f32[32@x] = reduce_scatter[x][dim=0] %0
+          %2: f32[32@x] = tanh %1
           return %2
+        """),
+    "delay scatters no sum into thin shards": (delay, sums_added_after_tanh(28), """
+        program (x: f32[8@x,28], y: f32[8@x,28])
+          %0: f32[28]+x = reduce_sum[axes=(0,)] x
+          #1 %1: f32[28] = all_reduce[x] %0
+          %2: f32[28] = tanh %1
+          %3: f32[28]+x = reduce_sum[axes=(0,)] y
+          #2 %4: f32[28] = all_reduce[x] %3
+          %5: f32[28] = tanh %4
+          %6: f32[28] = add %2, %5
+          return %6
         """),
     "delay drops gathers that are cut in the end": (delay, gathers_cut_after_plus, """
         program (x: f32[8@x], y: f32[8@x])

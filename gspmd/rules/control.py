@@ -10,7 +10,7 @@ manual axes, so that outside of it a dim is split over those first, then over wh
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from gspmd.ir import Literal, Op, Operand, Value
 from gspmd.rules.factor import Dims, FactorRule, Factors
@@ -183,6 +183,59 @@ CONTROL: dict[str, Callable[[Op], list[Tie]]] = {
 def ties(op: Op) -> list[Tie]:
     """The ties of a control-flow op."""
     return CONTROL[op.name](op)
+
+
+@dataclasses.dataclass(slots=True)
+class Boundary:
+    """The shardings of all values around the bodies of an op; `roles` are what the outputs are for.
+
+    `inputs`, `outputs` and `roles` have a list for each body.
+    """
+
+    operands: list[Sharding]
+    inputs: list[list[Sharding]]
+    outputs: list[list[Sharding]]
+    results: list[Sharding]
+    roles: list[list[str]]
+
+    @classmethod
+    def of(cls, op: Op, shardings: Mapping[Value, Sharding], mesh: Mesh) -> "Boundary":
+        """All values of a tie get one sharding, the rest is whole."""
+
+        def whole(values: Sequence[Operand]) -> list[Sharding]:
+            return [Sharding.replicated(len(x.shape)) for x in values]
+
+        made = cls(
+            whole(op.ins),
+            [whole(body.ins) for body in op.bodies],
+            [whole(body.outs) for body in op.bodies],
+            whole(op.outs),
+            [[f"{op.name}'s condition"] * len(body.outs) for body in op.bodies],
+        )
+        for tie in ties(op):
+            dims = tie.split(op, shardings, mesh)
+            outer = tie.outside(dims, mesh)
+            for b, i in tie.inputs:
+                made.inputs[b][i] = Sharding(dims)
+            for b, i in tie.outputs:
+                made.outputs[b][i] = Sharding(dims)
+                made.roles[b][i] = f"{op.name} {tie.role}"
+            if tie.operand is not None:
+                made.operands[tie.operand] = outer
+            if tie.result is not None:
+                made.results[tie.result] = outer
+        return made
+
+
+def handed_out(op: Op) -> Iterator[tuple[int, int]]:
+    """The results that come of one output of the only body and of nothing else, with that output.
+
+    They may owe what the output owes.
+    """
+    if len(op.bodies) == 1:
+        for tie in ties(op):
+            if not tie.inputs and tie.result is not None and not tie.manual:
+                yield tie.result, tie.outputs[0][1]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
