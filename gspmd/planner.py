@@ -82,7 +82,6 @@ def plan(
     clock.lap("trace")
     fixed = _input_constraints(traced, in_specs, logical, rules)
     model = splice(_with_outputs(traced, out_specs, logical, rules))
-    model = drop_unused(model, logical)  # what nobody reads has no say in how the rest is split
     on_trust = unchecked(model)
     refined, done = _propagate(model, logical, fixed)
     if options.shard_update and (state := shard_update(model, fixed, done.shardings, refined)):
@@ -93,7 +92,9 @@ def plan(
         shardings[value] = _at_boundary(shardings[value], refined)
     done = dataclasses.replace(done, shardings=shardings)
     target = options.on(devices.devices.flat[0].platform if devices is not None else None)
-    parted = search(model, shardings, refined, target, effort, options.loop_room)
+    # What nobody reads has told where its neighbours should be; it has no say in what that costs.
+    live = drop_unused(model, refined)
+    parted = search(live, shardings, refined, target, effort, options.loop_room)
     if strict:
         refuse_gathers(parted.findings)
     clock.lap("partition")
