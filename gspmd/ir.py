@@ -8,7 +8,7 @@ frozen; a pass builds another program.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -170,6 +170,17 @@ def next_id(program: Program) -> int:
 def bytes_of(operands: Iterable[Operand]) -> float:
     """Bytes that the operands take together: one device's, in a local program."""
     return sum(math.prod(x.shape) * itemsize(x.dtype) for x in operands)
+
+
+def leading_to(wanted: Iterable[Op], ops: Sequence[Op]) -> list[Op]:
+    """Those of `ops` that are `wanted`, and those that these depend on, in order."""
+    values = {x for op in wanted for x in op.outs}
+    found: list[Op] = []
+    for op in reversed(ops):
+        if not values.isdisjoint(op.outs):
+            values.update(values_of(op.ins))
+            found.append(op)
+    return found[::-1]
 
 
 def values_of(operands: tuple[Operand, ...]) -> tuple[Value, ...]:

@@ -14,7 +14,17 @@ import itertools
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from gspmd.ir import COLLECTIVES, Op, Operand, Program, Value, bytes_of, next_id, values_of
+from gspmd.ir import (
+    COLLECTIVES,
+    Op,
+    Operand,
+    Program,
+    Value,
+    bytes_of,
+    leading_to,
+    next_id,
+    values_of,
+)
 from gspmd.optimize.share import is_pure
 from gspmd.options import ROOM
 from gspmd.sharding import Mesh
@@ -68,7 +78,7 @@ def _parted(scan: Op, ids: "itertools.count[int]", room: float) -> tuple[list[Op
     if not leaving:
         return [], scan
     before: list[Op] = []
-    for op in _needed(leaving, constant):  # what only leads to a collective is computed twice
+    for op in leading_to(leaving, constant):  # what only leads to a collective is computed twice
         outs = tuple(dataclasses.replace(x, id=next(ids)) for x in op.outs)
         ins = tuple(outer[x] if isinstance(x, Value) else x for x in op.ins)
         before.append(dataclasses.replace(op, ins=ins, outs=outs))
@@ -105,17 +115,6 @@ def _affordable(copies: Iterable[Copy], room: float) -> list[Copy]:
 
 def _growth(copy: Copy) -> float:
     return bytes_of(copy[-1].outs) - bytes_of(copy[0].ins)
-
-
-def _needed(leaving: list[Op], constant: list[Op]) -> list[Op]:
-    """The ops that leave, and those that they depend on, in order."""
-    wanted = {x for op in leaving for x in op.outs}
-    found: list[Op] = []
-    for op in reversed(constant):
-        if wanted.intersection(op.outs):
-            wanted.update(values_of(op.ins))
-            found.append(op)
-    return found[::-1]
 
 
 def _copies(program: Program) -> Mapping[Value, Copy]:

@@ -27,7 +27,18 @@ from jax.extend.core.primitives import add_p
 
 from gspmd import local
 from gspmd.collectives import wire_bytes
-from gspmd.ir import COLLECTIVES, Literal, Op, Operand, Program, Value, bytes_of, next_id, values_of
+from gspmd.ir import (
+    COLLECTIVES,
+    Literal,
+    Op,
+    Operand,
+    Program,
+    Value,
+    bytes_of,
+    leading_to,
+    next_id,
+    values_of,
+)
 from gspmd.optimize.drop_unused import drop_unused
 from gspmd.optimize.ring import INDEX, Writer
 from gspmd.optimize.share import is_pure
@@ -102,7 +113,7 @@ class _Loop:
         return cls(
             op,
             body,
-            tuple(early.leading_to(found)),
+            tuple(leading_to(found, early.ops)),
             tuple(op for op in ops if op not in found),
             tuple(op.outs[0] for op in found),
             tuple((x, dataclasses.replace(x, id=next(ids)), array) for x, array in body.consts),
@@ -264,16 +275,6 @@ class _Early:
         """Those that send."""
         return [op for op in self.ops if op.name == "all_gather" and op.outs[0] in self.slices]
 
-    def leading_to(self, wanted: Iterable[Op]) -> list[Op]:
-        """Those that `wanted` depend on, and they themselves, in order."""
-        values = {x for op in wanted for x in op.outs}
-        found: list[Op] = []
-        for op in reversed(self.ops):
-            if not values.isdisjoint(op.outs):
-                values.update(values_of(op.ins))
-                found.append(op)
-        return found[::-1]
-
 
 def _lifted(ops: Iterable[Op], early: _Early, ids: "itertools.count[int]") -> list[Op]:
     """`ops`, those that are rematerialized with early gathers before them in place of inside."""
@@ -301,7 +302,7 @@ def _without_gathers(op: Op, early: _Early, ids: "itertools.count[int]") -> tupl
     if not gathers:
         return [], op
     names: dict[Value, Operand] = dict(outer)
-    before = _copied(inner.leading_to(gathers), names, ids)
+    before = _copied(leading_to(gathers, inner.ops), names, ids)
     made = tuple(x.outs[0] for x in gathers)
     rest = tuple(x for x in body.ops if x not in gathers)
     params = dict(op.params)
