@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from gspmd import explain, run
 from gspmd.call import match_call
 from gspmd.collectives import wire_bytes
+from gspmd.devices import devices_mesh, topology_mesh
 from gspmd.errors import GspmdError
 from gspmd.findings import Finding
 from gspmd.ir import COLLECTIVES, Op, Program, Value, bytes_of
@@ -235,7 +236,7 @@ class Plan:
     @functools.cached_property
     def executable(self) -> "run.Executable":
         """Flat arguments to flat results on the mesh's devices; compiled on the first call."""
-        devices = self.devices if self.devices is not None else run.devices_mesh(self.user_mesh)
+        devices = self.devices if self.devices is not None else devices_mesh(self.user_mesh)
         return run.compile_program(self.program, devices, self.mesh, donate=self.traced.donated)
 
     def compile(
@@ -243,11 +244,15 @@ class Plan:
     ) -> jax.stages.Compiled:
         """The program compiled ahead of time, for the mesh's devices or those of `topology`.
 
-        `topology` is a `jax.sharding.Mesh`, or a description from `jax.experimental.topologies`.
+        `topology` is a `jax.sharding.Mesh`, a description from `jax.experimental.topologies`, or
+        the name of TPUs, such as "tpu-v3:16x32", which takes the extra `tpu` and no TPU.
+
+        Raises:
+          MeshError: the topology is unknown, or its devices are not as many as the mesh has.
         """
         if topology is None:
             return self.executable.compile(compiler_options)
-        devices = run.topology_mesh(self.user_mesh, topology)
+        devices = topology_mesh(self.user_mesh, topology)
         target = run.compile_program(self.program, devices, self.mesh, donate=self.traced.donated)
         return target.compile(compiler_options)
 

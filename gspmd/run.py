@@ -20,6 +20,7 @@ from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import PartitionSpec as P
 
 from gspmd.collectives import Backend, backend_of
+from gspmd.devices import show_mesh
 from gspmd.errors import ArgumentError, MeshError
 from gspmd.evaluate import evaluate
 from gspmd.ir import Layout, Literal, Operand, Program, Value
@@ -351,7 +352,7 @@ class Executable:
         if not x.sharding.device_set <= mine:
             raise MeshError(
                 f"argument {value} lies on {_show_devices(x.sharding.device_set)}, but mesh "
-                f"{_show_mesh(self.devices.shape)} is made of {_show_devices(mine)}; move it there "
+                f"{show_mesh(self.devices.shape)} is made of {_show_devices(mine)}; move it there "
                 "with jax.device_put, or pass a numpy array."
             )
 
@@ -365,53 +366,6 @@ def compile_program(
     memory of argument i to the results.
     """
     return Executable(program, devices, mesh, tuple(donate))
-
-
-def devices_mesh(mesh: Mesh) -> DeviceMesh:
-    """A mesh of this process' devices, in the order that `jax.make_mesh` prefers.
-
-    Raises:
-      MeshError: there are too few.
-    """
-    return _arrange(mesh, jax.devices(), "this process has", _TOO_FEW.format(mesh.devices))
-
-
-def topology_mesh(mesh: Mesh, topology: Any) -> DeviceMesh:
-    """A mesh of the devices of `topology`, a jax mesh or a `jax.experimental.topologies` one.
-
-    Raises:
-      MeshError: its devices, or its axes, are not those of `mesh`.
-    """
-    if not isinstance(topology, DeviceMesh):
-        if not hasattr(topology, "devices"):
-            raise MeshError(
-                f"the topology to compile for is {topology!r} of type {type(topology).__name__}; "
-                "give a jax.sharding.Mesh or what jax.experimental.topologies describes."
-            )
-        return _arrange(mesh, topology.devices, "the topology has", "take one of that size.")
-    if tuple(topology.shape.items()) != mesh.axes:
-        raise MeshError(
-            f"the plan is for mesh {_show_mesh(dict(mesh.axes))}, and is to be compiled for mesh "
-            f"{_show_mesh(topology.shape)}; plan for that mesh instead."
-        )
-    return topology
-
-
-_TOO_FEW = (
-    "use plan.simulate, or set XLA_FLAGS=--xla_force_host_platform_device_count={} before jax "
-    "starts."
-)
-
-
-def _arrange(mesh: Mesh, devices: Sequence[Any], who_has: str, way_out: str) -> DeviceMesh:
-    if len(devices) < mesh.devices:
-        raise MeshError(
-            f"mesh {_show_mesh(dict(mesh.axes))} needs {mesh.devices} devices, {who_has} "
-            f"{len(devices)}; {way_out}"
-        )
-    sizes = tuple(size for _, size in mesh.axes)
-    kinds = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(sizes, mesh.names, kinds, devices=devices[: mesh.devices])
 
 
 def _lies(x: jax.Array | Uneven, value: Value, at: Layout, sharding: NamedSharding) -> bool:
@@ -467,10 +421,6 @@ def _even(at: Layout, mesh: Mesh) -> Sharding:
             for n, axes in zip(at.shape, at.sharding.dims, strict=True)
         )
     )
-
-
-def _show_mesh(shape: Mapping[str, int]) -> str:
-    return ",".join(f"{name}={size}" for name, size in shape.items())
 
 
 def _show_devices(devices: set[Any]) -> str:

@@ -19,6 +19,8 @@ os.environ["XLA_FLAGS"] += (
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA ends at a flag it has not got
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # half the time again
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # tests run in several processes
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no TPU is asked for
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402

@@ -36,6 +36,7 @@ LAYERS = (
     ("gspmd.partition",),
     ("gspmd.search",),
     ("gspmd.optimize",),
+    ("gspmd.devices",),
     ("gspmd.pipeline", "gspmd.run", "gspmd.cost", "gspmd.memory"),
     ("gspmd.report",),
     ("gspmd.plan",),

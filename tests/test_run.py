@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import pickle
 from collections.abc import Callable
@@ -17,10 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from gspmd import local
 from gspmd.collectives import is_collective
+from gspmd.devices import devices_mesh, topology_mesh
 from gspmd.errors import ArgumentError, MeshError
 from gspmd.evaluate import evaluate
 from gspmd.ir import Layout, Literal, Op, Program, Value, verify
-from gspmd.run import compile_program, devices_mesh, replicas, simulate, topology_mesh
+from gspmd.run import compile_program, replicas, simulate
 from gspmd.sharding import Axes, Mesh, Sharding
 from gspmd.trace import trace
 from gspmd.uneven import Uneven
@@ -508,6 +510,27 @@ def test_meshes_from_devices_and_topologies() -> None:
     assert dict(topology_mesh(Mesh((("x", 8),)), Topology()).shape) == {"x": 8}
     with pytest.raises(MeshError, match="needs 9 devices, the topology has 8; take one"):
         topology_mesh(Mesh((("x", 9),)), Topology())
+
+
+def test_a_topology_that_nobody_knows() -> None:
+    pytest.importorskip("libtpu")
+    with pytest.raises(
+        MeshError, match=r"topology='tpu-v9:2x2': the TPU compiler does not know it .*tpu-v3:16x32"
+    ):
+        topology_mesh(Mesh((("x", 8),)), "tpu-v9:2x2")
+
+
+def test_a_named_topology_has_the_cores_of_its_chips() -> None:
+    pytest.importorskip("libtpu")
+    assert dict(topology_mesh(Mesh((("x", 8),)), "tpu-v3:2x2").shape) == {"x": 8}
+    with pytest.raises(MeshError, match="needs 64 devices, the topology has 8"):
+        topology_mesh(Mesh((("x", 64),)), "tpu-v3:2x2")
+
+
+def test_the_tpu_compiler_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MeshError, match=r"topology='tpu-v3:2x2': .* pip install 'gspmd\[tpu\]'"):
+        topology_mesh(Mesh((("x", 8),)), "tpu-v3:2x2")
 
 
 def test_a_call_inside_shard_map_is_refused() -> None:
