@@ -411,8 +411,8 @@ PLACES: dict[str, Case] = {
         ("x=2,y=4", "x=4,y=2"),
     ),
     "no mesh to compile for": (
-        lambda: plan(double, A).compile("v5e:2x4"),
-        ("'v5e:2x4' of type str", "jax.experimental.topologies"),
+        lambda: plan(double, A).compile(("v5e", "2x4")),
+        ("('v5e', '2x4') of type tuple", "jax.experimental.topologies", '"tpu-v5e:2x4"'),
     ),
 }
 
