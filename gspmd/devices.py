@@ -37,8 +37,8 @@ def topology_mesh(mesh: Mesh, topology: Any) -> DeviceMesh:
         if not hasattr(topology, "devices"):
             raise MeshError(
                 f"the topology to compile for is {topology!r} of type {type(topology).__name__}; "
-                "give a jax.sharding.Mesh, what jax.experimental.topologies describes, or the name of "
-                'TPUs, such as "tpu-v5e:2x4".'
+                "give a jax.sharding.Mesh, what jax.experimental.topologies describes, or the name "
+                'of TPUs, such as "tpu-v5e:2x4".'
             )
         return _arrange(mesh, topology.devices, "the topology has", "take one of that size.")
     if tuple(topology.shape.items()) != mesh.axes:
