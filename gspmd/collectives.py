@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gspmd.ir import Op
+from gspmd.ir import Op, bytes_of
 from gspmd.local import as_words, neutral_value
-from gspmd.sharding import Axes
+from gspmd.sharding import Axes, Mesh
 
 Backend = Literal["tpu", "gpu", "cpu", "simulated"]
 Shape = tuple[int, ...]
@@ -96,6 +96,16 @@ def is_collective(name: str) -> bool:
 def wire_bytes(kind: str, group: int, operand_bytes: float) -> float:
     """Bytes that one device of a group of `group` devices sends, once."""
     return TABLE[kind].wire(group) * operand_bytes if group > 1 else 0.0
+
+
+def axes_of(op: Op) -> Axes:
+    """The mesh axes along which the collective `op` communicates."""
+    return op.params["axes"] if "axes" in op.params else op.params["src"]
+
+
+def sent_by(op: Op, mesh: Mesh) -> float:
+    """Bytes that one device sends when the collective `op` of a local program runs once."""
+    return wire_bytes(op.name, mesh.size(axes_of(op)), bytes_of(op.ins))
 
 
 def result_shape(kind: str, shape: Shape, group: int, params: Mapping[str, Any]) -> Shape:

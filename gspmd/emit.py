@@ -90,13 +90,10 @@ class Emitter:
         self.state = state
         self.mesh = mesh  # without the axes of manual regions around it
         self.ops: list[Op] = []
-        self.work = 0.0
         self.versions: dict[Value, dict[Sharding, Value]] = {}
         self.recipes: dict[Value, tuple[Op, FactorRule]] = {}
         self.sources: dict[Value, Source | None] = {}
         self.sums: Sums = {}
-        self.makers: dict[Value, Op] = {}
-        self.owable: dict[Value, Mapping[str, Op]] = {}
         self.masked: dict[tuple[Value, int, str], Value] = {}
 
     def emit(self, op: Op, rule: FactorRule, choice: Choice) -> None:

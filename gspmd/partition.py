@@ -125,6 +125,12 @@ def _count_uses(program: Program) -> collections.Counter[Value]:
 class _Scope(Emitter):
     """One program or body being partitioned."""
 
+    def __init__(self, state: Shared, mesh: Mesh) -> None:
+        super().__init__(state, mesh)
+        self.work = 0.0
+        self.makers: dict[Value, Op] = {}
+        self.owable: dict[Value, Mapping[str, Op]] = {}
+
     def run(
         self,
         program: Program,

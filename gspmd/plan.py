@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from gspmd import explain, run
 from gspmd.call import match_call
-from gspmd.collectives import wire_bytes
+from gspmd.collectives import axes_of, sent_by
 from gspmd.devices import devices_mesh, topology_mesh
 from gspmd.errors import GspmdError
 from gspmd.findings import Finding
@@ -101,14 +101,12 @@ class Plan:
         return tuple((op, n) for op, n in self.program.walk() if op.name in COLLECTIVES)
 
     def _collective(self, number: int, op: Op, trips: int) -> Collective:
-        axes: Axes = op.params["axes"] if "axes" in op.params else op.params["src"]
-        operand = bytes_of(op.ins)
         return Collective(
             number=number,
             kind=op.name,
-            axes=axes,
-            bytes=operand,
-            wire_bytes=wire_bytes(op.name, self.mesh.size(axes), operand),
+            axes=axes_of(op),
+            bytes=bytes_of(op.ins),
+            wire_bytes=sent_by(op, self.mesh),
             trips=trips,
             source=str(op.source) if op.source else "(boundary)",
             phase=op.source.phase if op.source else "boundary",

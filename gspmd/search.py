@@ -14,8 +14,8 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 
 from gspmd.choose import Choice, Situation, Task, choose, led_by_result, pinned, ranked
-from gspmd.collectives import wire_bytes
-from gspmd.ir import COLLECTIVES, Op, Program, Value, bytes_of
+from gspmd.collectives import sent_by
+from gspmd.ir import COLLECTIVES, Op, Program, Value
 from gspmd.options import ROOM, Target
 from gspmd.partition import Partitioned, partition
 from gspmd.sharding import Axes, Mesh, Sharding
@@ -65,8 +65,7 @@ def _sent(program: Program, mesh: Mesh) -> Iterator[tuple[Op, float]]:
     """The collectives of a local program, each with what a device sends by it in all."""
     for op, trips in program.walk():
         if op.name in COLLECTIVES:
-            axes = op.params["axes"] if "axes" in op.params else op.params["src"]
-            yield op, abs(trips) * wire_bytes(op.name, mesh.size(axes), bytes_of(op.ins))
+            yield op, abs(trips) * sent_by(op, mesh)
 
 
 def _pinning(pins: Pins) -> Callable[[Situation], Choice]:

@@ -22,7 +22,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from gspmd.collectives import wire_bytes
+from gspmd.collectives import sent_by
 from gspmd.ir import COLLECTIVES, Literal, Op, Operand, Program, Value, bytes_of, next_id
 from gspmd.optimize.share import is_pure
 from gspmd.sharding import Mesh
@@ -147,8 +147,7 @@ def _repeated(program: Program, mesh: Mesh, numbers: _Numbers) -> Iterator[Kept]
                 continue
             number = numbers.of[one.outs[0]]
             if (length, number) in made:
-                axes = one.params["axes"] if "axes" in one.params else one.params["src"]
-                sent = wire_bytes(one.name, mesh.size(axes), bytes_of(one.ins))
+                sent = sent_by(one, mesh)
                 held = length * bytes_of(one.outs)
                 if sent and held:
                     yield Kept(*made[length, number], op, number, length * sent, held)

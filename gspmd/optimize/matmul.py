@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gspmd.collectives import wire_bytes
+from gspmd.collectives import sent_by
 from gspmd.ir import Op, Operand, Program, Value, bytes_of, next_id, values_of
 from gspmd.optimize import ring
 from gspmd.optimize.ring import Ring, Writer
@@ -142,7 +142,7 @@ class _Scope:
 
     def sent(self, op: Op) -> float:
         """Bytes that a device sends in a collective."""
-        return wire_bytes(op.name, self.mesh.size(op.params["axes"]), bytes_of(op.ins))
+        return sent_by(op, self.mesh)
 
     def ring(self, op: Op) -> Ring:
         axes = op.params["axes"]

@@ -26,7 +26,7 @@ from jax import lax
 from jax.extend.core.primitives import add_p
 
 from gspmd import local
-from gspmd.collectives import wire_bytes
+from gspmd.collectives import sent_by
 from gspmd.ir import (
     COLLECTIVES,
     Literal,
@@ -126,9 +126,7 @@ class _Loop:
         step = Program((), self.rest, ())
         work = sum(product_seconds(op, target) * n for op, n in step.walk() if op.name == PRODUCT)
         gathers = [op for op in self.first if op.name in COLLECTIVES]
-        sent = sum(
-            wire_bytes(op.name, mesh.size(op.params["axes"]), bytes_of(op.ins)) for op in gathers
-        )
+        sent = sum(sent_by(op, mesh) for op in gathers)
         kept = 2 * bytes_of(self.gathered) / target.memory  # written, and read once more
         return min(work, sent / (target.link * target.directions)) > kept
 

@@ -8,9 +8,9 @@ from typing import Any
 from jax.extend.core.primitives import slice_p
 
 from gspmd import local
-from gspmd.collectives import result_shape, wire_bytes
+from gspmd.collectives import result_shape, sent_by
 from gspmd.exchange import Pairs, Round, Runs, assemble, cut, rounds
-from gspmd.ir import Cause, Op, Operand, Value, bytes_of
+from gspmd.ir import Cause, Op, Operand, Value
 from gspmd.rules.factor import Split
 from gspmd.sharding import Axes, Mesh
 
@@ -147,8 +147,4 @@ class Builder:
     @property
     def wire_bytes(self) -> float:
         """What one device sends in all collectives so far."""
-        return sum(
-            wire_bytes(op.name, self.mesh.size(op.params["axes"]), bytes_of(op.ins))
-            for op in self.ops
-            if op.call is None
-        )
+        return sum(sent_by(op, self.mesh) for op in self.ops if op.call is None)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 
+from gspmd.collectives import axes_of
 from gspmd.ir import COLLECTIVES, Op, Operand, Value
 from gspmd.plan import Plan
 from gspmd.rules import factor_rule
@@ -112,7 +113,7 @@ def collective_uses(plan: Plan) -> Iterator[CollectiveUse]:
     for op, _ in plan.program.walk():
         if op.name in COLLECTIVES:
             for part in op.parts or (op,):
-                axes = part.params["axes"] if "axes" in part.params else part.params["src"]
+                axes = axes_of(part)
                 yield CollectiveUse(part.name, _roots(axes), _for(part))
 
 
