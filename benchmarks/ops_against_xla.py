@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import hlo
 import jax
 import numpy as np
 from jax import lax, tree_util
@@ -35,6 +34,7 @@ from table import Table, show
 from worker import doing, measure_all, work
 
 import gspmd
+from gspmd import hlo
 
 DEVICES = 8
 ENVIRONMENT = {

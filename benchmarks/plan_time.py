@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import hlo
 import jax
 import jax.numpy as jnp
 from devices import TOPOLOGY, devices_mesh
@@ -35,6 +34,7 @@ from jax.sharding import PartitionSpec as P
 from table import Table, show
 
 import gspmd
+from gspmd import hlo
 from gspmd.evaluate import evaluate
 from gspmd.ir import Op, Program
 from gspmd.models import training, transformer

@@ -30,7 +30,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +37,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from table import Table, show
 
+from gspmd import hlo
 from gspmd.reshard import ReshardPlan, reshard_steps
 from gspmd.sharding import Axes, Mesh, Sharding
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +22,7 @@ from plain import in_plain_jax, shardings
 from worker import doing
 
 import gspmd
+from gspmd import hlo
 
 # As for a program whose collectives are to be counted: each one apart.
 OPTIONS = {"cpu": None, "tpu": {"xla_tpu_enable_async_collective_fusion": False}}

@@ -15,10 +15,18 @@ from gspmd.errors import (
 from gspmd.findings import Finding
 from gspmd.options import Options
 from gspmd.partitioned import Partitioned, partition
+from gspmd.pipeline import pipeline
 from gspmd.plan import Collective, Plan
 from gspmd.planner import plan
 from gspmd.reshard import ReshardPlan, reshard_plan
 from gspmd.rules.register import register_rule
+from gspmd.stages import (
+    PipelineError,
+    from_microbatches,
+    run_layers,
+    stack_stages,
+    to_microbatches,
+)
 from gspmd.uneven import Uneven
 
 __all__ = [
@@ -30,6 +38,7 @@ __all__ = [
     "Options",
     "P",
     "Partitioned",
+    "PipelineError",
     "Plan",
     "ReshardPlan",
     "RuleError",
@@ -38,8 +47,13 @@ __all__ = [
     "TraceError",
     "Uneven",
     "annotate",
+    "from_microbatches",
     "partition",
+    "pipeline",
     "plan",
     "register_rule",
     "reshard_plan",
+    "run_layers",
+    "stack_stages",
+    "to_microbatches",
 ]

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax import tree_util
 
-from gspmd.errors import TraceError
-from gspmd.specs import key_name, nearest
+from gspmd.errors import TraceError, nearest
+from gspmd.specs import key_name
 
 OPTIONS = (
     "mesh", "in_specs", "out_specs", "rules", "donate_argnums", "static_argnums", "strict",

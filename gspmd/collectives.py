@@ -6,6 +6,7 @@ and "simulated", inside nested `jax.vmap`. `FORMS` says which form of each colle
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -34,9 +35,20 @@ def _not_in_order(part: Shape, dim: int, dtype: Any) -> bool:
 
 
 def _breaks_tiles(part: Shape, dim: int, dtype: Any) -> bool:
-    """Whether a part is no whole number of a TPU's tiles of 8 rows of 128 lanes of 4 bytes."""
-    tile = {len(part) - 1: 512, len(part) - 2: 32}.get(dim, 1)
-    return part[dim] * jax.dtypes.itemsize_bits(dtype) // 8 % tile > 0
+    """Whether a part is no whole number of a TPU's tiles: 8 rows of 128 lanes of 4 bytes.
+
+    Any dim but the last may become that of the rows.
+    """
+    return _bytes_along(part, dim, dtype) % (512 if dim == len(part) - 1 else 32) > 0
+
+
+def _thinner_than_rows(part: Shape, dim: int, dtype: Any) -> bool:
+    """Whether a part is thinner than a TPU's tiles have rows, and yet a whole number of them."""
+    return _bytes_along(part, dim, dtype) % 32 > 0 and math.prod(part) % 1024 == 0
+
+
+def _bytes_along(part: Shape, dim: int, dtype: Any) -> int:
+    return part[dim] * jax.dtypes.itemsize_bits(dtype) // 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,12 +57,14 @@ class Forms:
 
     Where `gather_first` or `scatter_first` say so, the devices' parts lie one behind the other in
     the first dim while they travel, and are moved from or to their dim on the device; elsewhere
-    they travel as JAX's tiled form has it. With `one_message`, the operands of one collective
+    they travel as JAX's tiled form has it. Where `scatter_rows` does, they travel so in rows
+    of 128 entries, whatever their shape. With `one_message`, the operands of one collective
     travel as one array. `many_axes` says that every collective takes several axes at once.
     """
 
     gather_first: When = _never
     scatter_first: When = _never
+    scatter_rows: When = _never
     one_message: bool = False
     many_axes: bool = True
 
@@ -60,7 +74,10 @@ FORMS: Mapping[Backend, Forms] = {
     # parts are no whole tiles: bf16[16,256,8192] over 64, in parts of 128. Along the first dim, it
     # stays one; so it does with the parts as a dim of their own, but only behind a product. An
     # all-gather stays what it is in any form. It combines all-reduces itself, the others not.
-    "tpu": Forms(scatter_first=_breaks_tiles),
+    # Parts 8 wide of bf16 are padded to 128 in that form, 16 times their size, and in a loop become
+    # an all-reduce again: bf16[65536,8192] over 1024 sends twice the bytes. In rows of 128 it
+    # stayed what it is in every case tried, for a copy of the operand.
+    "tpu": Forms(scatter_first=_breaks_tiles, scatter_rows=_thinner_than_rows),
     "gpu": Forms(),  # not measured
     # XLA moves single entries until the parts follow one another; ours moves rows. 8 devices, 4 MB
     # each: a gather along dim 2 in parts of 128 takes 16 ms in place of 45, a scatter 8 ms in place
@@ -101,6 +118,27 @@ def wire_bytes(kind: str, group: int, operand_bytes: float) -> float:
 def axes_of(op: Op) -> Axes:
     """The mesh axes along which the collective `op` communicates."""
     return op.params["axes"] if "axes" in op.params else op.params["src"]
+
+
+def pairs_of(op: Op, mesh: Mesh) -> Sequence[tuple[int, int]]:
+    """Sender and receiver of the `collective_permute` `op`, by their index along `axes_of(op)`."""
+    if "pairs" in op.params:
+        return op.params["pairs"]
+    src, dst = op.params["src"], op.params["dst"]
+    return _reordered(src, src, dst, [mesh.size((axis,)) for axis in src])
+
+
+def _reordered(axes: Axes, src: Axes, dst: Axes, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Who has a block where the blocks are in the order of `src`, and who where in that of `dst`.
+
+    Devices are numbered along `axes`, which have `sizes`.
+    """
+    device = np.arange(np.prod(sizes)).reshape(sizes)
+    senders, receivers = (
+        device.transpose([axes.index(axis) for axis in order]).ravel().tolist()
+        for order in (src, dst)
+    )
+    return list(zip(senders, receivers, strict=True))
 
 
 def sent_by(op: Op, mesh: Mesh) -> float:
@@ -215,6 +253,11 @@ def _scatter(x: jax.Array, backend: Backend, axes: Axes, dim: int, reduction: st
         # JAX has no other reduce-scatter. The same bytes: exchange the pieces, then reduce them.
         (x,) = _all_to_all(x, backend=backend, axes=axes, split_dim=dim, concat_dim=dim)
         return restore(_reduce(_to_first(x, dim, group), 0, reduction))
+    if forms.scatter_rows(piece, dim, x.dtype):
+        rows = jnp.moveaxis(x, dim, 0).reshape(-1, 128)
+        part = lax.psum_scatter(rows, axes, tiled=True)
+        shape = (piece[dim], *piece[:dim], *piece[dim + 1 :])
+        return restore(jnp.moveaxis(part.reshape(shape), 0, dim))
     if forms.scatter_first(piece, dim, x.dtype):
         stack = _to_first(x, dim, group)
         row = stack.reshape(-1, *stack.shape[2:])
@@ -326,13 +369,7 @@ def _collective_permute(
     if backend != "simulated":
         # JAX wants the axes in the order of the mesh, and numbers the devices by that.
         axes = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in src)
-        sizes = [lax.axis_size(axis) for axis in axes]
-        device = np.arange(np.prod(sizes)).reshape(sizes)
-        senders, receivers = (
-            device.transpose([axes.index(axis) for axis in order]).ravel().tolist()
-            for order in (src, dst)
-        )
-        pairs = list(zip(senders, receivers, strict=True))
+        pairs = _reordered(axes, src, dst, [lax.axis_size(axis) for axis in axes])
         return (restore(lax.ppermute(x, axes, pairs)),)
     # As above, with the blocks in the order of `src`.
     (blocks,) = _all_gather(x[None], backend=backend, axes=src, dim=0)

@@ -1,5 +1,8 @@
 """The errors of gspmd: each is one sentence that names what, where, the numbers and the way out."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class GspmdError(Exception):
     """Base of every error that gspmd raises on purpose."""
@@ -27,3 +30,9 @@ class RuleError(GspmdError, ValueError):
 
 class StrictError(GspmdError):
     """`strict=True` and the program holds ops which can only run gathered."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown `name`: the known one it resembles, if any."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else "."

@@ -134,3 +134,25 @@ def unchecked(program: Program) -> tuple[Finding, ...]:
         message = f"the rule of {op.name}{where} is taken on trust: it does not run here ({reason})"
         found[op.name] = Finding("unchecked-rule", message, op.source)
     return tuple(found.values())
+
+
+PIPELINE = "gspmd.pipeline"
+"""What begins the name that `gspmd.pipeline` gives its results; then come its numbers."""
+
+
+def short_pipelines(program: Program) -> tuple[Finding, ...]:
+    """A finding for each pipeline that has fewer microbatches than stages."""
+    found: dict[tuple[str, ...], Finding] = {}
+    for op, _ in program.walk():
+        name = str(op.params.get("name", "")) if op.name == "name" else ""
+        if not name.startswith(PIPELINE):
+            continue
+        stages, micro, ticks, busy = map(int, name.removeprefix(PIPELINE).split())
+        if micro < stages:
+            message = (
+                f"the pipeline at {op.source} has {micro} microbatches for {stages} stages: each "
+                f"stage works in {busy} of {ticks} ticks, and {100 * (1 - busy / ticks):.0f} % is "
+                "bubble; cut the batch into more"
+            )
+            found[name, str(op.source)] = Finding("pipeline-bubble", message, op.source)
+    return tuple(found.values())

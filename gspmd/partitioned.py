@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import tree_util
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -167,9 +168,11 @@ def _differentiable(made: Plan, owner: Partitioned) -> Callable[..., Any]:
 
 def _arrays(leaves: Sequence[Any]) -> Hashable | None:
     """The types of arguments that are arrays at hand; None where one is something else."""
-    if all(isinstance(x, jax.Array) and not x.is_deleted() for x in leaves):
-        return tuple((x.shape, x.dtype, x.weak_type) for x in leaves)
-    return None
+    for x in leaves:
+        if type(x) is not np.ndarray and (not isinstance(x, jax.Array) or x.is_deleted()):
+            return None
+    # NumPy's arrays and typed PRNG keys have no weak_type.
+    return tuple((x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves)
 
 
 def _ordinary(x: Any) -> Any:

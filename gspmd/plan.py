@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import networkx as nx
@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 from gspmd import explain, run
 from gspmd.call import match_call
 from gspmd.collectives import axes_of, sent_by
+from gspmd.compiled import Comparison, compare
 from gspmd.devices import devices_mesh, topology_mesh
-from gspmd.errors import GspmdError
+from gspmd.errors import GspmdError, nearest
 from gspmd.findings import Finding
 from gspmd.ir import COLLECTIVES, Op, Program, Value, bytes_of
 from gspmd.printing import show
@@ -28,8 +29,14 @@ from gspmd.sharding import (
     merge_sub_axes,
     show_axes,
 )
-from gspmd.specs import nearest, to_spec
+from gspmd.specs import to_spec
 from gspmd.trace import Traced
+
+if TYPE_CHECKING:
+    from gspmd.meshes.chips import Chip
+    from gspmd.meshes.placement import Placement
+    from gspmd.meshes.topology import Topology
+    from gspmd.report import Report
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -253,6 +260,45 @@ class Plan:
         devices = topology_mesh(self.user_mesh, topology)
         target = run.compile_program(self.program, devices, self.mesh, donate=self.traced.donated)
         return target.compile(compiler_options)
+
+    def compare(self, compiled: jax.stages.Compiled) -> Comparison:
+        """What a compiler made of the plan: collectives kept, added and removed, and its memory.
+
+        Args:
+          compiled: what `compile` returned, for any topology.
+        """
+        return compare(self.program, self.mesh, compiled)
+
+    def report(
+        self,
+        chip: "Chip | str",
+        topology: "Topology | Placement | str | None" = None,
+        *,
+        asynchronous: Sequence[str] | None = None,
+        trips: int | None = None,
+    ) -> "Report":
+        """What one call costs on `chip`: seconds, memory, FLOPs and the share of the peak reached.
+
+        Args:
+          chip: one of `gspmd.meshes.CHIPS`, or its name: "tpu-v4", "h100".
+          topology: how the chips are linked: "tpu-v4:8x8x16", "h100:8x32", a `Topology`, or a
+            `Placement` from `gspmd.meshes.make_mesh`, which says where each axis lies. Without a
+            placement, that which suits this plan's collectives best. None takes the smallest
+            topology with enough devices.
+          asynchronous: the collectives that run while a device computes; None: as XLA does for the
+            chip's platform.
+          trips: how often a loop without a bound runs.
+
+        Raises:
+          MeshError: chip or topology is unknown, the mesh does not fit, the chip has no peak for
+            the program's dtype, or a loop has no bound.
+        """
+        from gspmd import report  # with all that is known of hardware, which planning does without
+
+        work = report.Work(
+            self.name, self.program, self.model, self.mesh, self.user_mesh, self.traced.donated
+        )
+        return report.of(work, chip, topology, asynchronous, trips)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The leaves of a call's arguments, if they are of the plan's structure and types.

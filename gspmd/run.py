@@ -321,7 +321,7 @@ class Executable:
         shape, x = np.shape(x), _typed(x, value)
         if shape == at.shape:
             x = _pad_now(x, at.sharding.padded_shape(at.shape, self.mesh))
-            x = jax.device_put(x, sharding)  # gives numpy's float64 JAX's precision
+            x = _put(x, sharding)  # gives numpy's float64 JAX's precision
         if shape != at.shape or x.dtype != value.dtype:
             raise ArgumentError(
                 f"argument {value} was planned as {show_type(at.shape, value.dtype)}, and is given "
@@ -394,6 +394,21 @@ def _pad(x: Any, shape: Sequence[int]) -> Any:
     widths += [(0, 0)] * (words.ndim - len(shape))
     zero = np.zeros((), words.dtype)
     return restore(lax.pad(words, zero, [(before, after, 0) for before, after in widths]))
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """`x` on the devices of `sharding`; where these belong to several processes, each puts its own.
+
+    All of them pass the same `x`: `jax.device_put` would send it around to see that it is so.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    words, restore = as_words(x) if isinstance(x, jax.Array) else (x, lambda words: words)
+    if isinstance(words, jax.Array) and not words.is_fully_addressable:
+        return restore(jax.device_put(words, sharding))  # from device to device
+    host = np.asarray(words)
+    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
+    return restore(jax.make_array_from_callback(host.shape, sharding, lambda index: host[index]))
 
 
 def _typed(x: Any, value: Value) -> Any:

@@ -3,9 +3,8 @@
 A spec is a `PartitionSpec` of mesh axes or logical names, a `NamedSharding`, or None (left open).
 """
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard, cast
 
 import jax
@@ -14,7 +13,7 @@ from jax import tree_util
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gspmd.errors import MeshError, SpecError
+from gspmd.errors import MeshError, SpecError, nearest
 from gspmd.sharding import Axes, Constraint, Mesh, root_axis
 
 Spec = P | NamedSharding | None
@@ -189,12 +188,6 @@ def _used_twice(
         f"{where}: {show_spec(spec)} splits {user(*first)} and {user(*second)} over the same mesh "
         f"axis {axis!r}; an axis can split one dim only, so drop it from one."
     )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown `name`: the known one it resembles, if any."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else "."
 
 
 def same_mesh(sharding: Any, mesh: Mesh) -> TypeGuard[NamedSharding]:

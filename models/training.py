@@ -3,6 +3,9 @@
 `train` is passed a loss, fresh parameters, a batch for each step, and `compile_step`, which makes
 the step fast: `jax.jit`, or `gspmd.partition` for a mesh. All that the next step depends on is in
 the state and in the number of the step: a resumed run repeats an uninterrupted one exactly.
+
+Several processes may run it together (`gspmd.distributed`): each draws the same batches, and each
+saves what its devices hold.
 """
 
 import contextlib
@@ -21,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from gspmd.errors import GspmdError
 
@@ -130,7 +134,8 @@ def train(
 
     Raises:
       CheckpointError: nothing to resume from, a checkpoint of another model, or a folder in use.
-      KeyboardInterrupt: passed on, once the last finished step is saved.
+      KeyboardInterrupt: passed on, once the last finished step is saved. Several processes raise it
+        after the same step, when any of them is sent SIGTERM.
     """
     optimizer = make_optimizer(config)
     step = compile_step(make_step(loss, optimizer, config.seed))
@@ -147,10 +152,15 @@ def train(
                     seconds = time.perf_counter() - began
                     on_step(Record(done + 1, value, int(np.size(now["targets"])), seconds))
             except KeyboardInterrupt:
-                # A step cut short may have taken the state's buffers: then the last save stands.
-                with contextlib.suppress(RuntimeError):
-                    checkpoints.save(state)
+                # A step cut short may have taken the state's buffers, and one process of several
+                # cannot save it alone: then the last save stands.
+                if jax.process_count() == 1:
+                    with contextlib.suppress(RuntimeError):
+                        checkpoints.save(state)
                 raise
+            if multihost_utils.reached_preemption_sync_point(done + 1):
+                checkpoints.save(state)
+                raise KeyboardInterrupt
             if (done + 1) % config.save_every == 0 or done + 1 == config.steps:
                 checkpoints.save(state)
     return state
@@ -195,8 +205,23 @@ def steps_done(state: State) -> int:
 
 
 def to_host(tree: Any) -> Any:
-    """`tree` with NumPy arrays for leaves, whatever devices they are split over."""
-    return jax.tree.map(np.asarray, tree)
+    """`tree` with NumPy arrays for leaves, whatever devices they are split over.
+
+    Where those belong to several processes, all of these must call it.
+    """
+    return jax.tree.map(lambda leaf: np.asarray(_gathered(leaf)), tree)
+
+
+def _gathered(leaf: Any) -> Any:
+    if _in_one_process(leaf):
+        return leaf
+    return multihost_utils.process_allgather(jnp.asarray(leaf), tiled=True)
+
+
+def _in_one_process(leaf: Any) -> bool:
+    """Whether this process can read all of `leaf`; asked of `gspmd.Uneven`, too."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding is None or sharding.is_fully_addressable
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -212,7 +237,7 @@ class Checkpoints:
         """Returns once `state` is on disk."""
         step = steps_done(state)
         if self.manager is not None and step not in self.manager.all_steps():
-            self.manager.save(step, args=ocp.args.StandardSave(to_host(state)))
+            self.manager.save(step, args=ocp.args.StandardSave(jax.tree.map(_to_save, state)))
 
     def restore(self, like: State) -> State:
         """The latest state, as NumPy arrays; `like` has its structure, shapes and dtypes."""
@@ -232,6 +257,11 @@ class Checkpoints:
                 f"start without resume."
             )
         return self.manager, step
+
+
+def _to_save(leaf: Any) -> np.ndarray | jax.Array:
+    """`leaf` on the host; split over several processes, of which each writes its own part."""
+    return np.asarray(leaf) if _in_one_process(leaf) else jnp.asarray(leaf)
 
 
 def _check_same_model(manager: ocp.CheckpointManager, step: int, like: State) -> None:

@@ -1,183 +1,125 @@
-"""A decoder-only Transformer: the dense family of the GSPMD paper, and small ones for a laptop.
+"""The Transformer: decoders, encoders, and both; dense, or with mixtures of experts.
 
-Read it top to bottom: `Config`, the modules from the smallest to the whole, then the functions that
-a training step calls. A name's suffix spells its dims:
+Read it top to bottom: `Config`, the papers' sizes, the module, the functions that training and then
+decoding call, the tables of strategies. It is made of `models/blocks.py` and `models/layers.py`. A
+name's suffix spells its dims:
 
-    B batch    S sequence (T where it is attended to)    M model dim    H hidden dim of the MLP
-    N heads    D head dim    V vocabulary    L layers    K buckets of relative positions
+    B batch    S sequence (T where it is attended to)    M model dim    V vocabulary
 
 Architecture (GSPMD section 5.1, arXiv 2105.04663; LaMDA; Lingvo's `DenseLm128B8x8`): RMSNorm before
 each block, no bias vectors, GELU-gated MLP, a learned bias per bucket of relative positions as in
 T5, and the embedding used again as the output matrix. Lingvo's parameter counts come out exactly.
 
-The model is written for one device. What makes it parallel are nine calls of `annotate`, which
-name dims by their role; a table in `RULES` gives each role the mesh axes that split it.
+The model is written for one device. What makes it parallel are nine calls of `annotate`, in this
+file and in those of its blocks, which name dims by their role; a table in `RULES` gives each role
+the mesh axes that split it.
 """
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from gspmd.annotate import annotate
-from gspmd.errors import SpecError
+from gspmd.models import strategies
+from gspmd.models.blocks import (
+    ROLES,
+    ModelError,
+    RMSNorm,
+    Sizes,
+    cache_view,
+    causal_view,
+    cross_entropy,
+    full_view,
+    normal,
+)
+from gspmd.models.layers import Scene, make_layers, run_layers
+from gspmd.models.strategies import Axis, Rules, table
 
 Params = dict[str, Any]
 """Nested dicts of arrays: `params["layers"]["attention"]["wq"]` holds all layers, stacked."""
 
 Batch = Mapping[str, jax.Array]
-"""`{"inputs": tokens_BS, "targets": tokens_BS}`, targets being inputs one position on."""
+"""`{"inputs": tokens_BS, "targets": tokens_BS}`, a decoder's targets being inputs one position on.
 
-BUCKETS, MAX_DISTANCE = 32, 128  # of relative positions, as in T5
+"weights", if there, is what each target counts for in the loss: 0 for padding, or for what was not
+masked. "source" are the tokens that an encoder reads for its decoder.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Sizes):
     """Sizes and choices of one Transformer. The defaults are those of the paper's dense family."""
 
-    vocab: int = 32_000
     layers: int = 64
-    model_dim: int = 8192
-    hidden_dim: int = 65_536
-    heads: int = 128
-    head_dim: int = 128
-    seq: int = 1024
-    gated: bool = True  # gelu(x @ wi_gate) * (x @ wi), else gelu(x @ wi)
-    dropout: float = 0.0  # on what each block adds to the residual stream
-    dtype: DTypeLike = jnp.bfloat16  # of matrix products; norms, softmax and loss are float32
-    param_dtype: DTypeLike = jnp.float32
-    remat: bool = True  # keep only each layer's input for the backward pass
-    scan: bool = True  # one loop over the layers, else one copy of the layer after another
+    experts: int = 0  # of every other layer, the first of each two; 0: no mixtures
+    causal: bool = True  # a token sees those before it; else all, as in BERT
+    encoder_layers: int = 0  # of an encoder, to which each layer attends as well
+    encoder_experts: int = 0  # as `experts`, in the encoder
+    label_smoothing: float = 0.0  # see `cross_entropy`
+    z_loss: float = 0.0
 
 
 _LAPTOP = Config(vocab=256, dtype=jnp.float32, remat=False)
+_TINY = dataclasses.replace(
+    _LAPTOP, layers=2, model_dim=64, hidden_dim=256, heads=4, head_dim=16, seq=64
+)
 
 CONFIGS: Mapping[str, Config] = MappingProxyType(
     {
         # bytes as tokens; trained on a CPU in minutes
-        "tiny": dataclasses.replace(
-            _LAPTOP, layers=2, model_dim=64, hidden_dim=256, heads=4, head_dim=16, seq=64
-        ),
+        "tiny": _TINY,
         "small": dataclasses.replace(
             _LAPTOP, layers=4, model_dim=128, hidden_dim=512, heads=8, head_dim=16, seq=128
         ),
-        # the paper's Table 2; "128b" counts in units of 2^30 what LaMDA calls 137B
+        # an encoder with experts, a dense decoder: see the strategy "nested"
+        "tiny_nested": dataclasses.replace(_TINY, encoder_layers=2, encoder_experts=4),
+        # GSPMD's Table 2; "128b" counts in units of 2^30 what LaMDA (arXiv 2201.08239) calls 137B
         "64b": Config(layers=32),
         "128b": Config(layers=64),
         "137b": Config(layers=64),
         "256b": Config(layers=128),
         "512b": Config(layers=256),
         "1t": Config(layers=128, model_dim=16_384, hidden_dim=131_072, heads=256),
+        # Lingvo's DenseLm175B32x32
+        "175b": Config(
+            layers=96, model_dim=12_288, hidden_dim=49_152, heads=96, seq=2048, gated=False,
+            positions="learned", logit_cap=50.0,
+        ),
+        # MLPerf v1.1's BERT of Google's open submission, Lingvo's MLPerfBertDense500B2K
+        "bert_480b": Config(
+            vocab=30_522, layers=64, model_dim=16_384, hidden_dim=131_072, heads=256, seq=512,
+            activation="silu", multi_query=True, positions="learned", causal=False,
+            label_smoothing=0.1,
+        ),
+        # GShard's MoE(2048E, 36L) (arXiv 2006.16668), half of the layers in each stack. Its experts
+        # have 618.5B parameters; the vocabulary is a guess, and so no total is claimed.
+        "gshard_600b": Config(
+            vocab=64_000, layers=18, experts=2048, encoder_layers=18, encoder_experts=2048,
+            model_dim=1024, hidden_dim=8192, heads=16, gated=False, activation="relu",
+            dtype=jnp.float32,
+        ),
     }
-)
+)  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------- modules
+# ------------------------------------------------------------------------------------- the module
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x), times a learned scale per entry of M."""
+class Cache(NamedTuple):
+    """What decoding remembers: keys and values of all layers, and how many tokens each row has."""
 
-    def __init__(self, config: Config):
-        self.scale = nnx.Param(jnp.ones(config.model_dim, config.param_dtype))
-
-    def __call__(self, x_BSM: jax.Array) -> jax.Array:
-        x32_BSM = x_BSM.astype(jnp.float32)
-        mean_square_BS1 = jnp.mean(jnp.square(x32_BSM), axis=-1, keepdims=True)
-        normal_BSM = x32_BSM * jax.lax.rsqrt(mean_square_BS1 + 1e-6)
-        return (normal_BSM * self.scale[...]).astype(x_BSM.dtype)
-
-
-class Attention(nnx.Module):
-    """Causal self-attention. 1/sqrt(D) is folded into the initial scale of `wq`, as in T5."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        M, N, D = config.model_dim, config.heads, config.head_dim
-        self.config = config
-        self.wq = _normal(config, rngs, (M, N, D), (M * D) ** -0.5)
-        self.wk = _normal(config, rngs, (M, N, D), M**-0.5)
-        self.wv = _normal(config, rngs, (M, N, D), M**-0.5)
-        self.wo = _normal(config, rngs, (N, D, M), (N * D) ** -0.5)
-        self.bias = _normal(config, rngs, (N, BUCKETS), (N * BUCKETS) ** -0.5)
-
-    def __call__(self, x_BSM: jax.Array, bucket_ST: jax.Array) -> jax.Array:
-        def project(w: nnx.Param[jax.Array]) -> jax.Array:
-            w_MND = annotate(w[...], P("embed", "heads", None)).astype(self.config.dtype)
-            y_BSND = jnp.einsum("BSM,MND->BSND", x_BSM, w_MND)
-            return annotate(y_BSND, P("batch", None, "heads", None))
-
-        q_BSND, k_BTND, v_BTND = project(self.wq), project(self.wk), project(self.wv)
-
-        score_BNST = jnp.einsum("BSND,BTND->BNST", q_BSND, k_BTND).astype(jnp.float32)
-        # A sum, not a select over BNST: the loop would keep that mask broadcast to BNST.
-        causal_ST = jnp.where(jnp.tri(*bucket_ST.shape, dtype=bool), 0.0, -1e30)
-        score_BNST += self.bias[...].astype(jnp.float32)[:, bucket_ST] + causal_ST
-        weight_BNST = jax.nn.softmax(score_BNST, axis=-1).astype(self.config.dtype)
-        y_BSND = jnp.einsum("BNST,BTND->BSND", weight_BNST, v_BTND)
-
-        w_NDM = annotate(self.wo[...], P("heads", None, "embed")).astype(self.config.dtype)
-        return jnp.einsum("BSND,NDM->BSM", y_BSND, w_NDM)
-
-
-class MLP(nnx.Module):
-    """Two matrices with a GELU between them, or three where it is gated."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        M, H = config.model_dim, config.hidden_dim
-        self.config = config
-        self.wi = _normal(config, rngs, (M, H), M**-0.5)
-        if config.gated:
-            self.wi_gate = _normal(config, rngs, (M, H), M**-0.5)
-        self.wo = _normal(config, rngs, (H, M), H**-0.5)
-
-    def __call__(self, x_BSM: jax.Array) -> jax.Array:
-        def project(w: nnx.Param[jax.Array]) -> jax.Array:
-            w_MH = annotate(w[...], P("embed", "mlp")).astype(self.config.dtype)
-            return jnp.einsum("BSM,MH->BSH", x_BSM, w_MH)
-
-        h_BSH = project(self.wi)
-        if self.config.gated:
-            h_BSH = jax.nn.gelu(project(self.wi_gate)) * h_BSH
-        else:
-            h_BSH = jax.nn.gelu(h_BSH)
-        h_BSH = annotate(h_BSH, P("batch", None, "mlp"))
-
-        w_HM = annotate(self.wo[...], P("mlp", "embed")).astype(self.config.dtype)
-        return jnp.einsum("BSH,HM->BSM", h_BSH, w_HM)
-
-
-class Layer(nnx.Module):
-    """Attention, then the MLP; each reads the normalized stream and adds to it."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.dropout = config.dropout
-        self.attention_norm, self.attention = RMSNorm(config), Attention(config, rngs)
-        self.mlp_norm, self.mlp = RMSNorm(config), MLP(config, rngs)
-
-    def __call__(
-        self, x_BSM: jax.Array, bucket_ST: jax.Array, key: jax.Array | None = None
-    ) -> jax.Array:
-        x_BSM = annotate(x_BSM, P("batch", "act_seq", "act_model"))
-        y_BSM = self.attention(self.attention_norm(x_BSM), bucket_ST)
-        x_BSM += self.drop(y_BSM, key, 0)
-        y_BSM = self.mlp(self.mlp_norm(x_BSM))
-        return x_BSM + self.drop(y_BSM, key, 1)
-
-    def drop(self, x: jax.Array, key: jax.Array | None, block: int) -> jax.Array:
-        """`x` with a share of its entries zeroed and the rest scaled up; `x` without a key."""
-        if key is None:
-            return x
-        keep = 1 - self.dropout
-        kept = jax.random.bernoulli(jax.random.fold_in(key, block), keep, x.shape)
-        return jnp.where(kept, x / keep, 0)
+    layers: Any
+    position_B: jax.Array
 
 
 class Transformer(nnx.Module):
@@ -185,62 +127,104 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.config = config
-        self.embedding = _normal(config, rngs, (config.vocab, config.model_dim), 1.0)
-        keys_L = jax.random.split(rngs.params(), config.layers)
-        self.layers = jax.vmap(functools.partial(_layer, config))(keys_L)
+        self.embedding = normal(config, rngs, (config.vocab, config.model_dim), 1.0)
+        has_encoder = config.encoder_layers > 0
+        self.layers = make_layers(
+            config, rngs, config.layers, experts=config.experts, cross=has_encoder
+        )
         self.final_norm = RMSNorm(config)
+        if config.positions == "learned":
+            self.positions = normal(config, rngs, (config.seq, config.model_dim), 1.0)
+        if has_encoder:
+            self.encoder = make_layers(
+                config,
+                rngs,
+                config.encoder_layers,
+                experts=config.encoder_experts,
+                prefix="encoder_",
+            )
+            self.encoder_norm = RMSNorm(config)
 
-    def __call__(self, tokens_BS: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, tokens_BS: jax.Array, source_BT: jax.Array | None, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Logits BSV, and what routers add to the loss; None where there are none."""
+        config, S = self.config, tokens_BS.shape[1]
+        if not (config.dropout or config.experts or config.encoder_experts):
+            key = None  # nothing is drawn
+        w_VM = self.vocabulary()
+        memory_BTM, encoder_loss = self.encode(w_VM, source_BT, key)
+        view = causal_view(S, config.seq) if config.causal else full_view(S)
+        x_BSM = self.embed(w_VM, tokens_BS)
+        done = run_layers(config, self.layers, x_BSM, Scene(view, memory_BTM), key=key)
+        losses = [x for x in (encoder_loss, done.loss) if x is not None]
+        total = functools.reduce(operator.add, losses) if losses else None
+        return self.logits(w_VM, done.x_BSM), total
+
+    def prefill(
+        self, tokens_BS: jax.Array, length_B: jax.Array, source_BT: jax.Array | None
+    ) -> tuple[jax.Array, Cache]:
+        """Logits BV of each row's next token, and the cache of the `length_B` tokens before it."""
+        config, S = self.config, tokens_BS.shape[1]
+        w_VM = self.vocabulary()
+        memory_BTM, _ = self.encode(w_VM, source_BT, None)
+        real_BS = jnp.arange(S) < length_B[:, None]
+        view = causal_view(S, config.seq)
+        scene = Scene(view, memory_BTM, slots=config.seq, real_BS=real_BS)
+        done = run_layers(config, self.layers, self.embed(w_VM, tokens_BS), scene, keep=True)
+        last_B11 = length_B[:, None, None] - 1
+        x_B1M = jnp.take_along_axis(done.x_BSM, last_B11, axis=1)
+        return self.logits(w_VM, x_B1M)[:, 0], Cache(done.cache, length_B)
+
+    def decode(self, token_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Logits BV of the token after `token_B`, which follows those of the cache."""
+        config, position_B = self.config, cache.position_B
+        w_VM = self.vocabulary()
+        scene = Scene(cache_view(position_B, config.seq), position_B=position_B)
+        x_B1M = self.embed(w_VM, token_B[:, None], position_B[:, None])
+        done = run_layers(config, self.layers, x_B1M, scene, cache=cache.layers, keep=True)
+        return self.logits(w_VM, done.x_BSM)[:, 0], Cache(done.cache, position_B + 1)
+
+    def encode(
+        self, w_VM: jax.Array, source_BT: jax.Array | None, key: jax.Array | None
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """What the decoder reads of the source, BTM, and what the encoder's routers add."""
         config = self.config
-        w_VM = annotate(self.embedding[...], P("vocab_table", "embed_table"))
-        x_BSM = w_VM[tokens_BS].astype(config.dtype)
-        x_BSM = self.run_layers(x_BSM, None if config.dropout == 0 else dropout_key)
-        x_BSM = self.final_norm(x_BSM) * config.model_dim**-0.5
-        logits_BSV = jnp.einsum("BSM,VM->BSV", x_BSM, w_VM.astype(config.dtype))
+        if (source_BT is None) == (config.encoder_layers > 0):
+            has = "has an encoder" if source_BT is None else "has no encoder"
+            raise ModelError(f"this model {has}: {'give' if source_BT is None else 'drop'} source.")
+        if source_BT is None:
+            return None, None
+        key = None if key is None else jax.random.fold_in(key, config.layers)
+        scene = Scene(full_view(source_BT.shape[1]))
+        x_BTM = self.embed(w_VM, source_BT)
+        done = run_layers(config, self.encoder, x_BTM, scene, key=key)
+        return self.encoder_norm(done.x_BSM), done.loss
+
+    def vocabulary(self) -> jax.Array:
+        """The embedding."""
+        return annotate(self.embedding[...], P("vocab_table", "embed_table"))
+
+    def embed(
+        self, w_VM: jax.Array, tokens_BS: jax.Array, position_BS: jax.Array | None = None
+    ) -> jax.Array:
+        """The vectors of tokens, BSM, which stand at the positions 0, 1, ... or at those given."""
+        x_BSM = w_VM[tokens_BS].astype(self.config.dtype)
+        if self.config.positions == "relative":
+            return x_BSM
+        S = tokens_BS.shape[1]
+        if self.config.seq < S:
+            raise ModelError(
+                f"{S} tokens, but seq={self.config.seq} positions were learned; shorten them."
+            )
+        at_M = self.positions[:S] if position_BS is None else self.positions[...][position_BS]
+        return x_BSM + at_M.astype(self.config.dtype)
+
+    def logits(self, w_VM: jax.Array, x_BSM: jax.Array) -> jax.Array:
+        """The score of each token of the vocabulary, in float32."""
+        x_BSM = self.final_norm(x_BSM) * self.config.model_dim**-0.5
+        logits_BSV = jnp.einsum("BSM,VM->BSV", x_BSM, w_VM.astype(self.config.dtype))
         return annotate(logits_BSV, P("batch", None, "vocab")).astype(jnp.float32)
-
-    def run_layers(self, x_BSM: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        """What the last layer adds up to: one loop, or `config.layers` copies of its body."""
-        bucket_ST = position_buckets(x_BSM.shape[1])
-
-        def step(x_BSM: jax.Array, layer_and_index: tuple[Layer, Any]):
-            layer, index = layer_and_index
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return layer(x_BSM, bucket_ST, key), None
-
-        if self.config.remat:
-            # A loop by itself keeps the recomputation apart from the forward pass.
-            step = jax.checkpoint(step, prevent_cse=not self.config.scan)
-        indices = None if dropout_key is None else jnp.arange(self.config.layers)
-        layers = (self.layers, indices)
-        if self.config.scan:
-            return jax.lax.scan(step, x_BSM, layers)[0]
-        for i in range(self.config.layers):
-            x_BSM, _ = step(x_BSM, jax.tree.map(operator.itemgetter(i), layers))
-        return x_BSM
-
-
-def _layer(config: Config, key: jax.Array) -> Layer:
-    return Layer(config, nnx.Rngs(key))
-
-
-def position_buckets(length: int) -> jax.Array:
-    """T5's bucket for each pair (query, key): exact up to 15 back, then 16 on a logarithmic scale.
-
-    Keys that lie ahead fall into bucket 0; the causal mask hides them.
-    """
-    position_S = jnp.arange(length)
-    back_ST = jnp.maximum(position_S[:, None] - position_S, 0)
-    exact = BUCKETS // 2
-    octaves = jnp.log(jnp.maximum(back_ST, 1) / exact) / jnp.log(MAX_DISTANCE / exact)
-    far_ST = exact + (octaves * exact).astype(jnp.int32)
-    return jnp.where(back_ST < exact, back_ST, jnp.minimum(far_ST, BUCKETS - 1))
-
-
-def _normal(
-    config: Config, rngs: nnx.Rngs, shape: tuple[int, ...], std: float
-) -> nnx.Param[jax.Array]:
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, config.param_dtype))
 
 
 # -------------------------------------------------------------------------------------- functions
@@ -252,22 +236,99 @@ def init(config: Config, key: jax.Array) -> Params:
 
 
 def apply(
-    config: Config, params: Params, tokens_BS: jax.Array, *, dropout_key: jax.Array | None = None
+    config: Config,
+    params: Params,
+    tokens_BS: jax.Array,
+    source_BT: jax.Array | None = None,
+    *,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Logits BSV in float32: at each position the scores of the next token."""
-    model: Transformer = nnx.merge(_structure(config), nnx.State(params))
-    return model(tokens_BS, dropout_key)
+    return _module(config, params)(tokens_BS, source_BT, dropout_key)[0]
 
 
-def loss(
-    config: Config, params: Params, batch: Batch, dropout_key: jax.Array | None = None
-) -> jax.Array:
-    """Mean cross entropy per token, in nats. Without a key nothing is dropped."""
-    logits_BSV = apply(config, params, batch["inputs"], dropout_key=dropout_key)
-    # A product with a one-hot, not an index: it splits along V like any other sum.
-    target_BSV = jax.nn.one_hot(batch["targets"], config.vocab, dtype=jnp.float32)
-    score_BS = jnp.sum(logits_BSV * target_BSV, axis=-1)
-    return jnp.mean(jax.nn.logsumexp(logits_BSV, axis=-1) - score_BS)
+def loss(config: Config, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+    """Mean cross entropy per token, in nats, and what routers add to it.
+
+    The key is for dropout and for what routers draw; without one nothing is dropped or drawn.
+    """
+    logits_BSV, routers = _module(config, params)(batch["inputs"], batch.get("source"), key)
+    value = cross_entropy(
+        logits_BSV,
+        batch["targets"],
+        batch.get("weights"),
+        smoothing=config.label_smoothing,
+        z=config.z_loss,
+    )
+    return value if routers is None else value + routers
+
+
+def evaluate(config: Config, params: Params, batch: Batch) -> dict[str, jax.Array]:
+    """`cross_entropy`, without smoothing and z-loss; `routers`, what they add for each mixture.
+
+    With `Top2` the latter is 0.01 where the load of the experts is even.
+    """
+    logits_BSV, routers = _module(config, params)(batch["inputs"], batch.get("source"), None)
+    score = {"cross_entropy": cross_entropy(logits_BSV, batch["targets"], batch.get("weights"))}
+    mixtures = config.layers // 2 * (config.experts > 0)
+    mixtures += config.encoder_layers // 2 * (config.encoder_experts > 0)
+    return score if routers is None else {**score, "routers": routers / mixtures}
+
+
+@functools.lru_cache
+def parameter_count(config: Config) -> int:
+    """Parameters in all, by their shapes: nothing is allocated."""
+    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def active_count(config: Config) -> int:
+    """Parameters that a token meets: of the experts, those that it is sent to."""
+    expert = config.model_dim * config.hidden_dim * (2 + config.expert_gated)
+    met = config.router.experts_per_token
+    stacks = (config.layers, config.experts), (config.encoder_layers, config.encoder_experts)
+    idle = sum(layers // 2 * (experts - met) * expert for layers, experts in stacks if experts)
+    return parameter_count(config) - round(idle)
+
+
+def batch_shapes(config: Config, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `batch_size` sequences, as shapes."""
+    names = ("inputs", "targets", *(("source",) if config.encoder_layers else ()))
+    tokens_BS = jax.ShapeDtypeStruct((batch_size, config.seq), jnp.int32)
+    return dict.fromkeys(names, tokens_BS)
+
+
+# --------------------------------------------------------------------------------------- decoding
+
+
+def prefill(
+    config: Config,
+    params: Params,
+    tokens_BS: jax.Array,
+    length_B: jax.Array,
+    source_BT: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+    """The scores BV of what comes after the first `length_B` tokens of each row, and the cache.
+
+    Row b may have anything after `length_B[b]` tokens. The cache has room for the last `config.seq`
+    tokens, so that decoding may go on for ever where positions are relative: a token sees itself
+    and the `config.seq - 1` before it, as in training.
+    """
+    if not config.causal:
+        raise ModelError("an encoder has no next token to decode: causal=False.")
+    if tokens_BS.shape[1] > config.seq:
+        raise ModelError(
+            f"a prompt of {tokens_BS.shape[1]} tokens, but the cache has room for "
+            f"seq={config.seq}; give its end."
+        )
+    return _module(config, params).prefill(tokens_BS, length_B, source_BT)
+
+
+def decode(
+    config: Config, params: Params, cache: Cache, token_B: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """The scores BV of what comes after `token_B`, and the cache with it."""
+    return _module(config, params).decode(token_B, cache)
 
 
 def generate(
@@ -280,10 +341,16 @@ def generate(
 ) -> jax.Array:
     """The 1-D `prompt` and `steps` sampled tokens after it; temperature 0 takes the likeliest.
 
-    Every token runs the model over a window of the last `config.seq` tokens: slow and simple.
+    Raises:
+      ModelError: positions are learned, and run out.
     """
     prompt = jnp.asarray(prompt)
     recent = prompt[-config.seq :]
+    if config.positions == "learned" and recent.size + steps > config.seq:
+        raise ModelError(
+            f"{recent.size} tokens and {steps} more, but seq={config.seq} positions were learned; "
+            f"ask for {max(config.seq - recent.size, 0)} at most."
+        )
     window_S = jnp.zeros(config.seq, prompt.dtype).at[: recent.size].set(recent)
     new = _sample(config, steps, params, window_S, recent.size, key, temperature)
     return jnp.concatenate([prompt, new])
@@ -299,18 +366,19 @@ def _sample(
     key: jax.Array,
     temperature: float,
 ) -> jax.Array:
-    def step(carry: tuple[jax.Array, jax.Array], key: jax.Array):
-        window_S, filled = carry
-        logits_V = apply(config, params, window_S[None])[0, filled - 1]
-        drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
-        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits_V)).astype(window_S.dtype)
-        full = filled == config.seq
-        window_S = jnp.where(full, jnp.roll(window_S, -1), window_S)
-        filled = jnp.where(full, filled, filled + 1)
-        return (window_S.at[filled - 1].set(token), filled), token
+    def step(carry: tuple[jax.Array, Cache], key: jax.Array):
+        logits_BV, cache = carry
+        drawn_B = jax.random.categorical(key, logits_BV / jnp.maximum(temperature, 1e-6))
+        likeliest_B = jnp.argmax(logits_BV, axis=-1)
+        token_B = jnp.where(temperature > 0, drawn_B, likeliest_B).astype(window_S.dtype)
+        return decode(config, params, cache, token_B), token_B[0]
 
-    carry = (window_S, jnp.asarray(filled, jnp.int32))
+    carry = prefill(config, params, window_S[None], jnp.asarray([filled], jnp.int32))
     return jax.lax.scan(step, carry, jax.random.split(key, steps))[1]
+
+
+def _module(config: Config, params: Params) -> Transformer:
+    return nnx.merge(_structure(config), nnx.State(params))
 
 
 @functools.lru_cache
@@ -321,80 +389,53 @@ def _structure(config: Config) -> nnx.GraphDef[Transformer]:
 
 # --------------------------------------------------------------------------------- sharding tables
 
-Rules = Mapping[str, str | tuple[str, ...] | None]
-"""Logical name of a dim -> the mesh axes that split it, outermost first; None leaves it whole."""
-
-_WHOLE: Rules = MappingProxyType(
-    dict.fromkeys(
-        (
-            "batch",  # B of every activation
-            "act_seq",  # S of the residual stream
-            "act_model",  # M of the residual stream
-            "embed",  # M of the weights
-            "heads",  # N of weights and activations
-            "mlp",  # H of weights and activations
-            "vocab",  # V of the logits
-            "vocab_table",  # V of the embedding
-            "embed_table",  # M of the embedding
-        )
-    )
-)
-
-
-def _table(**axes: str) -> Rules:
-    return MappingProxyType({**_WHOLE, **axes})
-
-
-_MEGATRON = _table(batch="data", heads="model", mlp="model", vocab="model", vocab_table="model")
+_MEGATRON = {"batch": "data", "heads": "model", "mlp": "model", "vocab": "model",
+             "vocab_table": "model"}  # fmt: skip
 
 RULES: Mapping[str, Rules] = MappingProxyType(
     {
         # Weights on every device. One all_reduce of all gradients per step.
-        "data": _table(batch="data"),
+        "data": table(ROLES, batch="data"),
         # Weights and optimizer split over the batch's axis, gathered where used: two all_gathers
         # (forward, backward) and one reduce_scatter of each weight per step (ZeRO-3).
-        "fsdp": _table(batch="data", embed="data", embed_table="data"),
+        "fsdp": table(ROLES, batch="data", embed="data", embed_table="data"),
         # Megatron: two all_reduces of [B/data,S,M] over model per layer forward, two backward; each
         # device of a model group holds the whole residual stream.
-        "tensor": _MEGATRON,
+        "tensor": table(ROLES, **_MEGATRON),
         # The paper's Table 1 on mesh (X, Y) = (data, model). Finalized: weights split both ways,
         # gathered over data; the residual stream split both ways, gathered and reduce_scattered
         # over model. Memory of weights and activations falls with data * model.
-        "2d": _table(
-            batch="data", act_model="model", embed="data", heads="model", mlp="model",
+        "2d": table(
+            ROLES, batch="data", act_model="model", embed="data", heads="model", mlp="model",
             vocab="model", embed_table="model",
         ),
         # Attempt 1: as "tensor", but weights at rest (and their update) split over data as well.
         # Saves the weights' memory; activations still fall with data only.
-        "2d_attempt1": MappingProxyType({**_MEGATRON, "embed": "data", "embed_table": "data"}),
+        "2d_attempt1": table(ROLES, **_MEGATRON, embed="data", embed_table="data"),
         # Attempt 2: weights stay where they are, split both ways, and the batch is whole: products
         # contract over data and their partial sums are reduced. Pays while the batch is small.
-        "2d_attempt2": _table(
-            act_model="data", embed="data", heads="model", mlp="model", vocab="model",
+        "2d_attempt2": table(
+            ROLES, act_model="data", embed="data", heads="model", mlp="model", vocab="model",
             vocab_table="model", embed_table="data",
         ),
         # As "tensor", with the residual stream split along S over model: norms and sums are shared
         # out, and each all_reduce is a reduce_scatter before them and an all_gather after.
-        "sequence": MappingProxyType({**_MEGATRON, "act_seq": "model"}),
+        "sequence": table(ROLES, **_MEGATRON, act_seq="model"),
+        # GShard: experts split over the batch's axis, all else on every device. Tokens travel to
+        # their experts and back by all_to_all.
+        "expert": table(ROLES, batch="data", expert="expert"),
+        # The nested parallelism of GSPMD's announcement (research.google, December 2021) on mesh
+        # (X, Y) = (data, model), without its pipeline. Y splits the vocabulary of embedding and
+        # softmax, the experts of the encoder (whose tokens it splits as well), and the heads and
+        # hidden dims of the decoder.
+        "nested": table(
+            ROLES, **_MEGATRON, encoder_batch=("data", "model"), encoder_heads=None,
+            encoder_mlp=None, expert="model", expert_batch=("data", "model"), expert_mlp=None,
+        ),
     }
 )  # fmt: skip
 
 
-def rules_for(strategy: str, mesh_axes: Sequence[str]) -> dict[str, str | tuple[str, ...] | None]:
-    """The table `RULES[strategy]` for a mesh with these axes, outermost first.
-
-    Axes that the mesh lacks are dropped. Every axis other than `model` splits the batch. An axis
-    `fsdp`, where the mesh has one, splits the weights in place of `data`, which then holds copies.
-    """
-    if strategy not in RULES:
-        raise SpecError(f"no strategy {strategy!r}: choose one of {', '.join(RULES)}.")
-    batch_axes = tuple(axis for axis in mesh_axes if axis != "model")
-    weight_axis = "fsdp" if "fsdp" in mesh_axes else "data"
-
-    def resolve(name: str, axis: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        if name == "batch" and axis is not None:
-            return batch_axes or None
-        axis = weight_axis if axis == "data" else axis
-        return axis if axis in mesh_axes else None
-
-    return {name: resolve(name, axis) for name, axis in RULES[strategy].items()}
+def rules_for(strategy: str, mesh_axes: Sequence[str]) -> dict[str, Axis]:
+    """The table `RULES[strategy]` for a mesh with these axes: see `strategies.rules_for`."""
+    return strategies.rules_for(RULES, strategy, mesh_axes)

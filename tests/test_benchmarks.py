@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from test_examples import run
 
 import gspmd
+from gspmd import hlo
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -36,16 +37,20 @@ def scripts() -> Iterator[Any]:
         yield Scripts()
 
 
-@pytest.fixture
-def hlo(scripts: Any) -> ModuleType:
-    return scripts.hlo
-
-
 def test_plan_time_prints_its_tables() -> None:
     printed = run(BENCHMARKS / "plan_time.py", "--quick")
     for row in ("first in the process", "2x4", "32x64", "trace", "partition", "ops of the program"):
         assert row in printed
     assert re.search(r"^CPU devices, 2x4 .* (met|MISSED)", printed, re.MULTILINE)
+
+
+@pytest.mark.exhaustive  # it measures the CPU first
+def test_measured_utilization_stands_beside_the_predicted_one() -> None:
+    printed = run(BENCHMARKS / "utilization_measured.py", "--quick")
+    assert re.search(
+        r"^1 device +(\d+\.\d+ +){5}\d\.\d+ x jax.jit, <= 1.02 ", printed, re.MULTILINE
+    )
+    assert re.search(r"^1 device, jax.jit +(\d+\.\d+ +){4}\d+\.\d+ *$", printed, re.MULTILINE)
 
 
 def test_resharding_prints_its_tables() -> None:
@@ -55,7 +60,7 @@ def test_resharding_prints_its_tables() -> None:
     assert "reduce_scatter, collective_permute" in printed  # a way above the bound
 
 
-def test_hlo_of_our_program_sends_what_was_planned(hlo: ModuleType) -> None:
+def test_hlo_of_our_program_sends_what_was_planned() -> None:
     """A scanned MLP: XLA adds nothing to the collectives of the plan, in loops or out of them."""
 
     def mlp(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
@@ -78,7 +83,7 @@ def test_hlo_of_our_program_sends_what_was_planned(hlo: ModuleType) -> None:
     assert hlo.gigabytes(text)["together"] == pytest.approx(plan.wire_bytes / 1e9)
 
 
-def test_hlo_of_a_jitted_program(hlo: ModuleType) -> None:
+def test_hlo_of_a_jitted_program() -> None:
     mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
     split, whole = NamedSharding(mesh, P(None, "model")), NamedSharding(mesh, P())
     x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
@@ -116,7 +121,7 @@ ENTRY %main (x: bf16[16,64]) -> bf16[16,64] {
 """
 
 
-def test_hlo_of_a_tpu_program(hlo: ModuleType) -> None:
+def test_hlo_of_a_tpu_program() -> None:
     found = [(s.kind, s.group, s.trips, s.bytes) for s in hlo.collectives(TPU)]
     assert found == [
         ("all-gather", 4, 7, 3 / 4 * 16 * 64 * 2),
@@ -125,7 +130,7 @@ def test_hlo_of_a_tpu_program(hlo: ModuleType) -> None:
     ]
 
 
-def test_what_cannot_be_counted_is_an_error(hlo: ModuleType) -> None:
+def test_what_cannot_be_counted_is_an_error() -> None:
     with pytest.raises(ValueError, match="trip count is not to be seen"):
         hlo.collectives(TPU.replace("constant(7)", "add(%a, %b)"))
     with pytest.raises(ValueError, match="devices that take part are not to be seen"):
@@ -167,7 +172,7 @@ backend_config={"known_trip_count":{"n":"5"}}
 """
 
 
-def test_hlo_of_a_cpu_program(hlo: ModuleType) -> None:
+def test_hlo_of_a_cpu_program() -> None:
     """All branches count, conditions too, and a loop that sends nothing may run as it likes."""
     found = [(s.kind, s.group, s.trips, s.bytes) for s in hlo.collectives(CPU)]
     reduced, stays = ("all-reduce", 8, 1, 2 * 7 / 8 * 16), ("collective-permute", 1, 1, 0)

@@ -236,13 +236,30 @@ def test_parts_travel_along_the_dim_that_the_back_end_likes(
         ((16, 256), 1, "bfloat16", False),
         ((8, 128), 0, "float32", False),
         ((8, 128), 0, "bfloat16", True),
-        ((1, 8, 128), 0, "bfloat16", False),
+        ((16, 8, 128), 0, "bfloat16", False),
+        ((8, 128, 128), 0, "bfloat16", True),  # the compiler may lay any dim along the rows
     ],
 )
 def test_what_breaks_the_tiles_of_a_tpu(
     part: tuple[int, ...], dim: int, dtype: str, breaks: bool
 ) -> None:
     assert collectives.FORMS["tpu"].scatter_first(part, dim, jnp.dtype(dtype)) is breaks
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "rows"),
+    [((256, 32), 1, True), ((32, 8, 32), 0, True), ((256, 64), 1, False), ((8, 32), 1, False)],
+)
+def test_parts_thinner_than_a_tile_travel_in_rows(
+    shape: tuple[int, ...], dim: int, rows: bool
+) -> None:
+    """f32 over 8: thinner than 8 rows, if a part is a whole number of tiles."""
+    params = {"dim": dim, "reduction": "sum"}
+    text = hlo(Op("reduce_scatter", (), (), {"axes": ("x",), **params}), "tpu", shape)
+    assert bool(re.search(r"f32\[\d+,128\]\S* reduce-scatter\(", text)) is rows
+    x, axes = numbers("float32", *shape), ("x", "y")
+    scattered = expected(plain(x), axes, lambda xs, i: np.split(sum(xs), 8, dim)[i])
+    check(x, [("reduce_scatter", {"axes": axes, **params}, scattered)], "tpu")
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

@@ -115,6 +115,7 @@ def test_integers_and_keys_are_arguments() -> None:
     args = x, np.int32(3), jax.random.key(1)
     step = gspmd.partition(fn, mesh_of(), in_specs=(P("data", "model"), None, None))
     same(step(*args), fn(*args))
+    same(step(*map(jnp.asarray, args)), fn(*args))  # all of them on devices
     got = step(x, 3, jax.random.key(1))  # a Python scalar
     assert got["next"] == 4
     assert got["next"].dtype == jnp.int32

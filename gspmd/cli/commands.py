@@ -1,4 +1,4 @@
-"""The command line: `gspmd plan`, `explain`, `train`, `demo`.
+"""The command line: `gspmd plan`, `explain`, `report`, `sweep`, `train`, `launch`, `demo`.
 
 Exit codes: 0 fine, 1 the plan breaks a limit that was asked for, 2 bad usage or input, 130 stopped
 by Ctrl-C. An error is one sentence on stderr; `--debug` shows its traceback as well.
@@ -6,6 +6,7 @@ by Ctrl-C. An error is one sentence on stderr; `--debug` shows its traceback as 
 
 import contextlib
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -18,9 +19,11 @@ except ModuleNotFoundError as missing:
         f"gspmd: the command line needs {missing.name}; run: pip install 'gspmd[cli]'"
     ) from missing
 
-from gspmd.cli.load import make_plan, read_bytes, read_rules, read_subject
+from gspmd.cli.chart import check_drawable
+from gspmd.cli.load import chip_and_topology, make_plan, read_bytes, read_rules, read_subject
 from gspmd.cli.show import executions, plan_json, show_bytes, summary
 from gspmd.cli.terminal import LIMIT_BROKEN, complain, plain_errors, say, say_json
+from gspmd.distributed import join, leaving_at_once
 from gspmd.plan import Plan
 
 app = typer.Typer(
@@ -45,7 +48,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def main() -> None:
     """Runs the command line; does not return."""
-    app(prog_name="gspmd")
+    with leaving_at_once():
+        app(prog_name="gspmd")
 
 
 @app.command("plan")
@@ -115,6 +119,116 @@ def explain(
             say(Text(why))
 
 
+Chip = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Such as h100; else that of the topology.")
+]
+Strategy = Annotated[
+    str | None, typer.Option(help="For a model: what splits what: data, fsdp, tensor, 2d, ...")
+]
+Optimizer = Annotated[str, typer.Option(help="For a model: adafactor, adamw or sgd.")]
+ModelTarget = Annotated[
+    str,
+    typer.Argument(metavar="TARGET", help="FILE.py:FUNCTION, or models.glam:64B_64E."),
+]
+
+
+@app.command("report")
+def report_command(
+    target: ModelTarget,
+    mesh: MeshOption = None,
+    topology: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Such as tpu-v3:16x32 or h100:8x32.")
+    ] = None,
+    chip: Chip = None,
+    rules: RulesOption = None,
+    strategy: Strategy = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="For a model: examples in a step; 1 a device.")
+    ] = None,
+    optimizer: Optimizer = "adafactor",
+    trips: Annotated[
+        int | None, typer.Option(min=1, help="How often a loop without a bound runs.")
+    ] = None,
+    why: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="What a number is made of: flops.model.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile it, too: what did the TPU compiler keep?")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Report what a step costs on hardware: time, memory, utilization.
+
+    Nothing runs, and no chip is needed. TARGET is as for plan, or a training step of a reference
+    model in one of its published sizes.
+    """
+    with plain_errors(debug):
+        from gspmd.cli import show_report  # with all that is known of hardware
+
+        hardware = chip_and_topology(chip, topology)
+        with contextlib.redirect_stdout(sys.stderr):
+            subject = read_subject(target, mesh, strategy, batch, optimizer)
+            made = make_plan(subject, mesh, read_rules(rules or ()))
+            found = made.report(*hardware, trips=trips)
+            judged = made.compare(made.compile(topology)) if compiled else None
+        if why is not None:
+            say(Text(found.why(why)))
+        elif as_json:
+            say_json(show_report.report_json(found, judged))
+        else:
+            say(show_report.summary(found))
+            if judged is not None:
+                say(Text(f"\n{judged}"))
+
+
+@app.command()
+def sweep(
+    target: ModelTarget,
+    topology: Annotated[
+        list[str], typer.Option(metavar="NAME", help="Such as tpu-v3:16x32; several to compare.")
+    ],
+    mesh_shapes: Annotated[
+        str, typer.Option(metavar="SHAPES", help="all, or such as 16x64,32x32.")
+    ] = "all",
+    axes: Annotated[str, typer.Option(metavar="NAMES", help="The mesh's axes.")] = "data,model",
+    rules: RulesOption = None,
+    strategy: Strategy = None,
+    batch: Annotated[
+        float, typer.Option(min=0.0, help="For a model: examples in a step for each device.")
+    ] = 1.0,
+    optimizer: Optimizer = "adafactor",
+    effort: Annotated[int, typer.Option(min=0, max=2, help="As in gspmd.plan.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Plans that are made at once.")] = 2,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw time and utilization here.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare mesh shapes: memory, bytes sent, step time, utilization.
+
+    Every shape of the mesh is planned and reported; a line says why where one cannot be.
+    """
+    with plain_errors(debug):
+        from gspmd.cli import estimate, scaling, show_report
+
+        if plot is not None:
+            check_drawable(plot)
+        request = estimate.Request(
+            target, read_rules(rules or ()), strategy, batch, optimizer, effort
+        )
+        names = [name.strip() for name in axes.split(",")]
+        count, found = estimate.sweep(request, topology, names, mesh_shapes, processes)
+        rows = list(show_report.progress(found, count, quiet=as_json))
+        if as_json:
+            say_json({"rows": [show_report.row_json(row) for row in rows]})
+        else:
+            say(show_report.table(rows))
+        if plot is not None:
+            scaling.save(plot, rows, target)
+
+
 @app.command()
 def train(
     model: Annotated[str, typer.Argument(help="The model: transformer.")],
@@ -143,11 +257,13 @@ def train(
     """Train a reference model, partitioned over a mesh.
 
     The text is the source files of Python's standard library. Where this machine has too few
-    accelerators for the mesh, CPU devices stand in for them.
+    accelerators for the mesh, CPU devices stand in for them. Several processes, started by gspmd
+    launch, train together.
     """
     with plain_errors(debug):
         from gspmd.cli import job, trainer  # with flax and optax, which planning does without
 
+        join()
         made = job.make_job(
             model,
             config=config,
@@ -162,6 +278,48 @@ def train(
             save_every=save_every,
         )
         trainer.train(made, resume=resume, plot=plot, sample=sample, as_json=as_json)
+
+
+@app.command("launch", context_settings={"allow_interspersed_args": False})
+def launch_command(
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND...", help="Such as: gspmd train ...")
+    ],
+    processes: Annotated[int, typer.Option(metavar="N", help="Processes to start.")],
+    devices: Annotated[
+        int, typer.Option("--devices-per-process", metavar="N", help="Devices that each brings.")
+    ],
+    port: Annotated[
+        int | None, typer.Option(metavar="PORT", help="Where the first one listens; any, if free.")
+    ] = None,
+    logs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep what the others print here.")
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option("--for", metavar="NAME", help="Print how to start it: slurm, gke, mpirun."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Start a program as several processes, on this machine or elsewhere.
+
+    They find each other by gspmd.distributed. Where there are too few GPUs, CPU devices stand in.
+    The first process prints here. If one fails, the run ends with its exit code and the end of its
+    log.
+    """
+    with plain_errors(debug), contextlib.ExitStack() as closing:
+        from gspmd.cli import clusters, launch
+
+        made = launch.Launch(tuple(command), processes, devices)
+        if where is not None:
+            say(Text(clusters.how_to_start(made, where)))
+            return
+        if port is not None:
+            launch.check_port(port)
+        if logs is not None:
+            logs.mkdir(parents=True, exist_ok=True)
+        folder = logs or Path(closing.enter_context(tempfile.TemporaryDirectory()))
+        raise typer.Exit(launch.run(made, port or launch.free_port(), folder, tell=complain))
 
 
 @app.command()

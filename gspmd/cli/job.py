@@ -3,20 +3,23 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from gspmd.errors import GspmdError
+from gspmd.errors import GspmdError, nearest
 from gspmd.models import text, training, transformer
 from gspmd.plan import Plan
 from gspmd.planner import plan
 from gspmd.sharding import Mesh
-from gspmd.specs import nearest, read_mesh
+from gspmd.specs import read_mesh
 
 MODELS: Mapping[str, ModuleType] = MappingProxyType({"transformer": transformer})
 
@@ -57,6 +60,7 @@ class Job:
         self, on_step: Callable[[training.Record], None], resume: bool = False
     ) -> training.State:
         """The state after the last step, computed by the plan on the mesh's devices."""
+        self._check_alike()
         return self._train(on_step, resume, compile_step=lambda step: self.plan.run)
 
     def train_alone(self, on_step: Callable[[training.Record], None], steps: int) -> training.State:
@@ -88,6 +92,20 @@ class Job:
             temperature=0.7,
         )
         return text.decode(tokens)
+
+    def _check_alike(self) -> None:
+        """Raises if processes would not run the same program on the same text: they would hang."""
+        if jax.process_count() == 1:
+            return
+        found = hashlib.sha256(f"{self.plan}".encode())
+        found.update(self._text.train.tobytes())
+        mine = np.frombuffer(found.digest(), np.uint32)
+        for number, other in enumerate(multihost_utils.process_allgather(mine)):
+            if not np.array_equal(mine, other):
+                raise JobError(
+                    f"process {jax.process_index()} has another plan, or another text, than "
+                    f"process {number}; give all the same Python, jax, gspmd and command."
+                )
 
     @property
     def _init(self) -> Callable[[jax.Array], transformer.Params]:
@@ -158,11 +176,15 @@ def _choice(known: Mapping[str, Any]) -> str:
 def devices_for(mesh: Mesh) -> jax.sharding.Mesh:
     """`mesh` on this machine's accelerators, or on as many CPU devices where those are too few.
 
-    For programs, before their first use of jax: the number of CPU devices is fixed then.
+    For programs, before their first use of jax: the number of CPU devices is fixed then. One
+    process of several brings the devices that it has been given.
 
     Raises:
-      JobError: jax runs already, with fewer devices; or the mesh is too large to stand in for.
+      JobError: jax runs already, with fewer devices; or the mesh is too large to stand in for, or
+        not as large as the devices of several processes are many.
     """
+    if jax.distributed.is_initialized():
+        return _of_all_processes(mesh)
     if mesh.devices > MOST_DEVICES:
         raise JobError(
             f"mesh {mesh} has {mesh.devices} devices; to train here, {MOST_DEVICES} are the most. "
@@ -180,8 +202,21 @@ def devices_for(mesh: Mesh) -> jax.sharding.Mesh:
             f"mesh {mesh} needs {mesh.devices} devices and there are {len(devices)}; "
             "take a smaller mesh."
         )
-    sizes = tuple(size for _, size in mesh.axes)
-    return jax.make_mesh(sizes, mesh.names, devices=devices[: mesh.devices])
+    return _arranged(mesh, devices[: mesh.devices])
+
+
+def _of_all_processes(mesh: Mesh) -> jax.sharding.Mesh:
+    devices = jax.devices()
+    if len(devices) != mesh.devices:
+        raise JobError(
+            f"mesh {mesh} has {mesh.devices} devices, and {jax.process_count()} processes x "
+            f"{jax.local_device_count()} devices are {len(devices)}; make them as many."
+        )
+    return _arranged(mesh, devices)
+
+
+def _arranged(mesh: Mesh, devices: Sequence[Any]) -> jax.sharding.Mesh:
+    return jax.make_mesh(tuple(size for _, size in mesh.axes), mesh.names, devices=devices)
 
 
 def _only_compiles_for_tpu() -> bool:

@@ -12,11 +12,11 @@ from types import ModuleType
 from typing import Any, cast
 
 from gspmd.cli.terminal import InputError
-from gspmd.errors import GspmdError
+from gspmd.errors import GspmdError, nearest
 from gspmd.partitioned import Partitioned
 from gspmd.plan import Plan
 from gspmd.planner import plan
-from gspmd.specs import nearest
+from gspmd.specs import read_mesh
 
 Rules = dict[str, str | tuple[str, ...] | None]
 
@@ -40,15 +40,30 @@ class Subject:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
 
-def read_subject(target: str) -> Subject:
-    """What `FILE.py:FUNCTION` stands for.
+def read_subject(
+    target: str,
+    mesh: str | None = None,
+    strategy: str | None = None,
+    batch: int | None = None,
+    optimizer: str = "adafactor",
+) -> Subject:
+    """What `FILE.py:FUNCTION`, or `models.NAME:CONFIG`, stands for.
+
+    What comes after `target` is for the reference models, whose training step depends on it:
+    `batch` examples, by default one for each device of `mesh`.
 
     Raises:
       InputError: no such file or function, it fails, or it gives something else.
+      GspmdError: no such model, configuration or strategy.
     """
     file, _, name = target.rpartition(":")
+    if file.startswith("models.") and not file.endswith(".py"):
+        return _reference(file.removeprefix("models."), name, mesh, strategy, batch, optimizer)
     if not file or not name.isidentifier():
-        raise InputError(f"{target!r} is not FILE.py:FUNCTION; write train.py:step, for instance.")
+        raise InputError(
+            f"{target!r} is neither FILE.py:FUNCTION nor models.NAME:CONFIG; write "
+            "train.py:step, for instance, or models.transformer:137b."
+        )
     path = Path(file)
     module = _import(path)
     found = vars(module).get(name)
@@ -61,6 +76,30 @@ def read_subject(target: str) -> Subject:
         raise InputError(f"{target} is of type {type(found).__name__}, not a function: {EXPECTED}.")
     _takes_nothing(found, target)
     return _subject(_call(found, path, f"{target} failed"), target)
+
+
+def _reference(
+    name: str,
+    size: str,
+    mesh: str | None,
+    strategy: str | None,
+    batch: int | None,
+    optimizer: str,
+) -> Subject:
+    from gspmd.models import catalog  # with flax and optax, which other targets do without
+
+    if mesh is None:
+        raise InputError(f"models.{name}:{size} has no mesh of its own: add --mesh data=2,model=4.")
+    logical, _ = read_mesh(mesh)
+    made = catalog.step(
+        name,
+        size,
+        logical.names,
+        batch_size=logical.devices if batch is None else batch,
+        strategy="2d" if strategy is None else strategy,
+        optimizer=optimizer,
+    )
+    return Subject(made.fn, made.args, made.options)
 
 
 def _takes_nothing(fn: Callable[..., Any], target: str) -> None:
@@ -128,7 +167,9 @@ def describe(error: BaseException, path: Path | None = None) -> str:
     return f"{type(error).__name__}{f': {text}' if text else ''}{where}."
 
 
-def make_plan(subject: Subject, mesh: str | None, rules: Rules, strict: bool = False) -> Plan:
+def make_plan(
+    subject: Subject, mesh: str | None, rules: Rules, strict: bool = False, effort: int = 1
+) -> Plan:
     """The plan of `subject`; the command line's mesh and rules go before the file's own.
 
     Raises:
@@ -148,6 +189,7 @@ def make_plan(subject: Subject, mesh: str | None, rules: Rules, strict: bool = F
         options["rules"] = {**(options.get("rules") or {}), **rules}
     if strict:
         options["strict"] = True
+    options.setdefault("effort", effort)
     return plan(fn, *subject.args, **options)
 
 
@@ -180,3 +222,14 @@ def read_bytes(text: str) -> float:
     if found is None or (found[2] or "B").lower() not in units or found[1].count(".") > 1:
         raise InputError(f"{text!r} is not a size in bytes; write 10GB, 1.5GiB or 4096.")
     return float(found[1]) * units[(found[2] or "B").lower()]
+
+
+def chip_and_topology(chip: str | None, topology: str | None) -> tuple[str, str | None]:
+    """The chip's name and the topology's; a topology's name begins with its chip's.
+
+    Raises:
+      InputError: neither is given.
+    """
+    if chip is None and topology is None:
+        raise InputError("no hardware: add --topology tpu-v3:16x32, or --chip h100, for instance.")
+    return chip or str(topology).partition(":")[0].strip(), topology

@@ -54,6 +54,37 @@ def complain(sentence: str) -> None:
 
 
 @contextlib.contextmanager
+def silent() -> Generator[None]:
+    """Drops what Python prints."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def own_stdout(others: str) -> Generator[None]:
+    """Keeps stdout for what Python prints: what native libraries print goes to the file `others`.
+
+    Gloo, which connects CPU devices, tells there of each connection.
+    """
+    sys.stdout.flush()
+    with (
+        open(others, "a") as theirs,
+        os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding) as ours,
+        contextlib.redirect_stdout(ours),
+    ):
+        os.dup2(theirs.fileno(), 1)
+        try:
+            yield
+        finally:
+            ours.flush()
+            os.dup2(ours.fileno(), 1)
+
+
+@contextlib.contextmanager
 def plain_errors(debug: bool) -> Generator[None]:
     """Turns an exception into a sentence on stderr and its exit code."""
     try:

@@ -1,6 +1,7 @@
 """`gspmd train` and `gspmd demo`: a training job, told while it happens."""
 
 import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -16,8 +17,17 @@ from typer import Exit
 from gspmd.cli.chart import check_drawable, curve, save_curve
 from gspmd.cli.job import Job, JobError, make_job
 from gspmd.cli.show import plan_json, summary
-from gspmd.cli.terminal import LIMIT_BROKEN, complain, console, printable, say, say_json
-from gspmd.models import transformer
+from gspmd.cli.terminal import (
+    LIMIT_BROKEN,
+    complain,
+    console,
+    own_stdout,
+    printable,
+    say,
+    say_json,
+    silent,
+)
+from gspmd.models import blocks, layers, transformer
 from gspmd.models.training import Record, State, check_checkpoints, tokens_per_second
 
 PROMPT = "def "
@@ -27,7 +37,26 @@ COMPARED, SAME_LOSS = 60, 1e-4  # steps, relative
 
 
 def train(job: Job, *, resume: bool, plot: Path | None, sample: int, as_json: bool) -> None:
-    """Trains, prints what happened, and `sample` bytes that the model writes."""
+    """Trains, prints what happened, and `sample` bytes that the model writes.
+
+    Of several processes, which all do and would say the same, the first one speaks.
+    """
+    with _one_voice(job):
+        _train(job, resume, plot, sample, as_json)
+
+
+@contextlib.contextmanager
+def _one_voice(job: Job) -> Generator[None]:
+    with contextlib.ExitStack() as stack:
+        if jax.distributed.is_initialized():
+            on_cpu = job.devices.devices.flat[0].platform == "cpu"
+            stack.enter_context(own_stdout(others=os.devnull if on_cpu else "/dev/stderr"))
+        if jax.process_index() > 0:
+            stack.enter_context(silent())
+        yield
+
+
+def _train(job: Job, resume: bool, plot: Path | None, sample: int, as_json: bool) -> None:
     if resume and job.schedule.checkpoints is None:
         raise JobError("--resume needs --checkpoint DIR, the folder to go on from.")
     check_checkpoints(job.schedule, resume)
@@ -37,7 +66,7 @@ def train(job: Job, *, resume: bool, plot: Path | None, sample: int, as_json: bo
         say(summary(job.plan))
         say("")
     records, state = _run(job, resume)
-    if plot is not None and records:
+    if plot is not None and records and jax.process_index() == 0:
         save_curve(plot, _points(records))
     text = job.sample(state, PROMPT, sample) if sample else ""
     if as_json:
@@ -60,7 +89,8 @@ def demo(steps: int) -> None:
         steps=steps,
     )
     _title("A Transformer, written for one device. These lines say what may be split:")
-    say(_annotations(Path(transformer.__file__)))
+    for module in (transformer, layers, blocks):
+        say(_annotations(Path(module.__file__)))
     _title("One training step, planned for a mesh of 2 x 4:")
     say(summary(job.plan))
     _title(f"{steps} steps on the source code of Python's standard library, on 8 CPU devices:")
@@ -100,6 +130,8 @@ def _how_to_resume(job: Job, records: Sequence[Record]) -> str:
     stopped = f"stopped after step {records[-1].step}"
     if job.schedule.checkpoints is None:
         return f"{stopped}; nothing is kept, as it would have been with --checkpoint DIR."
+    if jax.distributed.is_initialized():
+        return f"{stopped}; start all processes again, with --resume, to go on."
     again = [arg for arg in sys.argv[1:] if arg != "--resume"]
     return f"{stopped}; go on with: {shlex.join(['gspmd', *again, '--resume'])}"
 
@@ -163,9 +195,10 @@ def _points(records: Sequence[Record]) -> list[tuple[int, float]]:
 
 
 def _annotations(path: Path) -> Text:
-    """The lines of a file that call `annotate`, numbered."""
+    """The lines of a file that call `annotate`, with its name and their numbers."""
     lines = enumerate(path.read_text().splitlines(), 1)
-    return Text("\n".join(f"{i:>5}  {line.strip()}" for i, line in lines if "annotate(" in line))
+    shown = [(f"{path.name}:{i}", line.strip()) for i, line in lines if "annotate(" in line]
+    return Text("\n".join(f"{where:<19}  {line}" for where, line in shown))
 
 
 def _title(text: str) -> None:

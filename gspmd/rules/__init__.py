@@ -17,7 +17,7 @@ from gspmd.rules import (
     stretch,
     window,
 )
-from gspmd.rules.factor import RULES, FactorRule, OpRule, gathered
+from gspmd.rules.factor import RULES, FactorRule, OpRule, Product, gathered
 
 FAMILIES = (
     pointwise, contract, reduce, shape, stretch, window, gather, scatter, dynamic, random, order,
@@ -34,3 +34,9 @@ def factor_rule(op: Op) -> FactorRule:
     """How the dims of `op` correspond; all whole if the table holds nothing for it."""
     known = RULES.get(op.name)
     return gathered(op) if known is None else known.factors(op)
+
+
+def product_of(op: Op) -> Product | None:
+    """The matrix product that `op` is, in its own shapes; None if it is none."""
+    known = RULES.get(op.name)
+    return None if known is None or known.product is None else known.product(op)

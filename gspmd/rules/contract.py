@@ -1,10 +1,11 @@
 """Rules of contractions: matrix products, ragged products, convolutions."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from gspmd.ir import Op
-from gspmd.rules.factor import Dims, FactorRule, Factors, gathered, rule
+from gspmd.rules.factor import Dims, FactorRule, Factors, Product, gathered, rule
 from gspmd.rules.pointwise import holds
 
 
@@ -19,7 +20,23 @@ def bilinear(op: Op) -> tuple[tuple[int, ...], ...]:
     )
 
 
-@rule("dot_general")
+def _dot(op: Op) -> Product:
+    return _nest(op, op.params["dimension_numbers"])
+
+
+def _nest(op: Op, numbers: Any, groups: Sequence[int] = ()) -> Product:
+    """The sizes of a product; of `groups` of matrices on the right, each row meets one."""
+    (contract, rhs_contract), (batch, rhs_batch) = numbers
+    lhs, rhs = op.ins[0].shape, op.ins[1].shape
+    return Product(
+        math.prod(lhs[d] for d in batch),
+        math.prod(n for d, n in enumerate(lhs) if d not in (*batch, *contract)),
+        math.prod(n for d, n in enumerate(rhs) if d not in (*rhs_batch, *rhs_contract, *groups)),
+        math.prod(lhs[d] for d in contract),
+    )
+
+
+@rule("dot_general", product=_dot)
 def dot_general(op: Op) -> FactorRule:
     f = Factors()
     left, right, out = _product(f, op, op.params["dimension_numbers"])
@@ -51,7 +68,7 @@ def _in_order(factors: dict[int, int]) -> Dims:
     return tuple((factors[d],) for d in range(len(factors)))
 
 
-@rule("scaled_dot")
+@rule("scaled_dot", product=_dot)
 def scaled_dot(op: Op) -> FactorRule:
     """`m (s b), n (s b), m s, n s -> m n`: a scale for each block of b.
 
@@ -82,7 +99,12 @@ def scaled_dot(op: Op) -> FactorRule:
     return f.rule(ins, [tuple(out)], forward=1, backward=1)
 
 
-@rule("ragged_dot_general")
+def _ragged_dot(op: Op) -> Product:
+    numbers = op.params["ragged_dot_dimension_numbers"]
+    return _nest(op, numbers.dot_dimension_numbers, numbers.rhs_group_dimensions)
+
+
+@rule("ragged_dot_general", product=_ragged_dot)
 def ragged_dot_general(op: Op) -> FactorRule:
     """`m k, g k n -> m n`, each row of m multiplied with its group's matrix; m and g stay whole.
 

@@ -190,6 +190,21 @@ Partition = Callable[["Builder", Op, Split, Sequence[Operand]], Sequence[Value] 
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Product:
+    """The loop nest of a matrix product: `batch` products of an m x k by a k x n matrix."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+
+    @property
+    def flops(self) -> float:
+        """Two for each multiplication and its addition."""
+        return 2.0 * self.batch * self.m * self.n * self.k
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class OpRule:
     """What the table holds for a primitive.
 
@@ -200,6 +215,7 @@ class OpRule:
     exchanged factor is split, and returns the local results; None if that split is beyond it.
     `check(op)` tries a user's rule that has not been tried yet; it returns why it cannot.
     `picks`: of the summands of a result that come of a split factor, all but one are zero.
+    `product(op)` is the matrix product that the op is, for those that are one: a convolution too.
     """
 
     factors: Callable[[Op], FactorRule]
@@ -208,6 +224,7 @@ class OpRule:
     partition: "Partition | None" = None
     check: Callable[[Op], str] | None = None
     picks: bool = False
+    product: Callable[[Op], Product] | None = None
 
 
 RULES: dict[str, OpRule] = {}
@@ -219,6 +236,7 @@ def rule(
     call: Callable[[Op, Split], Callable[..., Any]] | None = None,
     partition: Partition | None = None,
     picks: bool = False,
+    product: Callable[[Op], Product] | None = None,
 ) -> Callable[[Callable[[Op], FactorRule]], Callable[[Op], FactorRule]]:
     """Registers the decorated function as the rule of `primitives`."""
 
@@ -226,7 +244,9 @@ def rule(
         for primitive in primitives:
             if primitive in RULES:
                 raise RuleError(f"primitive {primitive!r} already has a rule.")
-            RULES[primitive] = OpRule(factors, params, call, partition, picks=picks)
+            RULES[primitive] = OpRule(
+                factors, params, call, partition, picks=picks, product=product
+            )
         return factors
 
     return register

@@ -7,6 +7,7 @@ results are summed.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from gspmd.ir import Literal, Op, Operand, Value
 from gspmd.local import neutral_value
 from gspmd.rules.build import Builder, resized, value
 from gspmd.rules.contract import bilinear
-from gspmd.rules.factor import Dims, FactorRule, Factors, Split, rule
+from gspmd.rules.factor import Dims, FactorRule, Factors, Product, Split, rule
 from gspmd.rules.stretch import dilated
 
 
@@ -126,7 +127,21 @@ def _conv_partition(b: Builder, op: Op, split: Split, ins: Sequence[Operand]) ->
     return b.local("conv_general_dilated", op.call, [lhs, rhs], [out], **params)
 
 
-@rule("conv_general_dilated", params=_conv_params, partition=_conv_partition)
+def _conv_product(op: Op) -> Product:
+    """As the product of patches and kernel; the zeros that dilation puts in are not multiplied."""
+    rhs, out = op.ins[1].shape, op.outs[0].shape
+    _, (o, _), (_, p) = (spec[:2] for spec in op.params["dimension_numbers"])
+    groups = op.params["feature_group_count"] * op.params["batch_group_count"]
+    zeros = math.prod(op.params["lhs_dilation"])
+    return Product(
+        groups,
+        math.prod(out) // out[p],
+        rhs[o] // groups,
+        max(1, math.prod(rhs) // rhs[o] // zeros),
+    )
+
+
+@rule("conv_general_dilated", params=_conv_params, partition=_conv_partition, product=_conv_product)
 def conv_general_dilated(op: Op) -> FactorRule:
     """Batch, groups and output features pass, input features are summed, spatial dims exchanged.
 

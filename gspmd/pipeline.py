@@ -1,0 +1,310 @@
+"""pipeline: stages as a leading dim of stacked weights, which a mesh axis splits like any other.
+
+All stages run at once, each on another microbatch; between two ticks what they made moves on by one
+stage. Where the leading dim is split, the partitioner turns that shift into one
+`collective_permute`, and each device runs its own stage (GSPMD, section 3.3; Praxis'
+LayerwiseShardablePipelined). With m microbatches and p stages that takes m + p - 1 ticks, of which
+p - 1 are a bubble; a circular pipeline runs each microbatch v times round p stages, for which it
+takes v m + p - 1 ticks of a v-th of the work: a share of (p - 1) / (v m + p - 1) is idle.
+
+Microbatches wait for the first stage in a queue. What has come round goes back to it, into the
+place of what is through: inputs, outputs and what waits for its next round share their memory.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax, tree_util
+from jax.ad_checkpoint import checkpoint_name
+from jax.core import eval_jaxpr
+from jax.sharding import PartitionSpec as P
+
+from gspmd._compat import is_tracer
+from gspmd.annotate import annotate
+from gspmd.bubble import At, Step, Ticks, either, guarded, put, take
+from gspmd.findings import PIPELINE
+from gspmd.stages import PipelineError, leading
+
+Schedule = Literal["gpipe", "circular"]
+Policy = Callable[..., Any]
+
+MOVES = frozenset(
+    {
+        "broadcast_in_dim", "convert_element_type", "dynamic_slice", "gather", "gspmd_annotate",
+        "name", "reshape", "slice", "squeeze", "transpose",
+    }
+)  # fmt: skip
+"""What computes nothing: its results are made again for the backward pass, rather than kept."""
+
+
+def pipeline(
+    stage_fn: Callable[..., Any],
+    stage_params: Any,
+    microbatches: Any,
+    *,
+    stages: int,
+    axis: str = "stage",
+    schedule: Schedule = "gpipe",
+    repeats: int = 1,
+    remat: bool | Policy = False,
+    sides: Any = None,
+    cache: Any = None,
+    state: Any = None,
+) -> Any:
+    """What the last stage makes of each microbatch: the same as the stages one after the other.
+
+    What a stage does in the bubble, be it NaN, is in no result and in no gradient.
+
+    Args:
+      stage_fn: `stage_fn(params, x) -> y`, x and y of one structure and shape. Those of `sides`,
+        `cache` and `state` that are given follow x, in this order; those of `cache` and `state`
+        follow y in what it returns: `(y, cache, state)`.
+      stage_params: pytree whose arrays have a leading dim of `stages`, and one of `repeats` after
+        it where that is above 1: a microbatch meets entry [s, r] as number r * stages + s.
+      microbatches: pytree of arrays, one microbatch for each entry of the leading dim; see
+        `gspmd.to_microbatches`.
+      stages: stages that run at once; a multiple of what `axis` has in the mesh, or as many.
+      axis: the mesh axis that splits them, or a logical name for one. A rule that maps it to None
+        leaves all stages on each device.
+      schedule: "gpipe", or "circular", which goes round.
+      repeats: how often a microbatch goes round, in a circular pipeline.
+      remat: keep for the backward pass only what goes from stage to stage; or the policy of
+        `jax.checkpoint` that says what to keep besides.
+      sides: pytree of arrays with an entry for each microbatch, which all stages see: masks,
+        positions, the encoder's output.
+      cache: pytree of arrays with the leading dims of `stage_params` and one of microbatches: what
+        a stage keeps of a microbatch from one call to the next, such as keys and values.
+      state: pytree of arrays with the leading dims of `stage_params`: what a stage keeps from one
+        microbatch to the next, such as sums of a router's losses.
+
+    Returns:
+      A pytree like `microbatches`. With `cache` or `state`, a tuple of that and what became of
+      them.
+
+    Raises:
+      PipelineError: leading dims differ from `stages` or from one another, the stage function
+        changes its input's shape, or there is no such schedule.
+    """
+    held = {name: tree for name, tree in (("cache", cache), ("state", state)) if tree is not None}
+    others = () if sides is None else (sides,)
+    ticks = _ticks(schedule, stages, repeats, stage_params, microbatches, sides, held)
+    fn, enclosed = _opened(stage_fn, ticks, stage_params, microbatches, others, held)
+    run = _stages(fn, enclosed, others, ticks, remat)
+    is_first_S = jnp.arange(stages) == 0
+
+    def split(tree: Any) -> Any:
+        """`tree`, its leading dims split over the axis, and all others as others say."""
+        spec = lambda x: P(axis, *(P.UNCONSTRAINED,) * (x.ndim - 1))  # noqa: E731
+        return jax.tree.map(lambda x: annotate(x, spec(x)), tree)
+
+    def queued(x: Any) -> jax.Array:
+        """A queue for each stage, though the first one's alone will be asked."""
+        x_S = jnp.broadcast_to(x, (stages, *jnp.shape(x)))
+        more = ticks.places - ticks.microbatches
+        return jnp.pad(x_S, [(0, 0), (0, more)] + [(0, 0)] * (x_S.ndim - 2))
+
+    def first_or(x: Any, moved: Any) -> Any:
+        return split(either(is_first_S, x, moved))
+
+    params, held = split(jax.tree.map(jnp.asarray, (stage_params, held)))
+    x, queue = take(split(jax.tree.map(queued, microbatches)), jnp.int32(0))
+    x = first_or(x, jax.tree.map(jnp.zeros_like, x))
+
+    def tick(carry: tuple[Any, Any, Any], step: Step) -> tuple[tuple[Any, Any, Any], None]:
+        x, queue, held = carry
+        made, held = run(params, x, held, step.at)
+        moved = jax.tree.map(lambda a: split(jnp.roll(a, 1, axis=0)), split(made))
+        x, queue = take(split(put(queue, moved, step.leaves)), step.enters)
+        return (first_or(x, moved), queue, split(held)), None
+
+    (_, queue, held), _ = lax.scan(tick, (x, queue, held), ticks.steps())
+    outs = jax.tree.map(lambda q: _out(q[:, : ticks.microbatches], is_first_S, ticks), queue)
+    return (outs, *held.values()) if held else outs
+
+
+def _stages(
+    fn: Callable[..., Any],
+    enclosed: list[jax.Array],
+    sides: tuple[Any, ...],
+    ticks: Ticks,
+    remat: bool | Policy,
+) -> Callable[..., Any]:
+    """What all stages do in a tick: `(params, x, held, at) -> (y, held)`."""
+    goes_round = ticks.repeats > 1
+    dims = {"cache": 1 + goes_round, "state": int(goes_round)}
+
+    def run(params: Any, x: Any, old: dict[str, Any], shared: Any, at: At) -> Any:
+        if goes_round:
+            params = _entries(params, at.round, 1)
+        sides, enclosed = shared
+        side = jax.vmap(functools.partial(_entry, dims=1), (None, 0))(sides, at.micro)
+        copies = [jnp.broadcast_to(a, (ticks.stages, *a.shape)) for a in enclosed]
+        made = jax.vmap(fn)(*guarded(at.valid, (copies, params, x, *side, *old.values())))
+        return (made[0], dict(zip(old, made[1:], strict=True))) if old else (made, {})
+
+    if remat:
+        run = jax.checkpoint(run, prevent_cse=False, policy=None if remat is True else remat)
+    elif goes_round or sides:
+        # Weights that a stage picks by its round would be kept for each tick.
+        policy = lambda primitive, *_, **__: primitive.name not in MOVES  # noqa: E731
+        run = jax.checkpoint(run, prevent_cse=False, policy=policy)
+
+    def stage(params: Any, x: Any, held: dict[str, Any], at: At) -> tuple[Any, dict[str, Any]]:
+        places = {"cache": at.round * ticks.microbatches + at.micro, "state": at.round}
+        old = {name: _entries(tree, places[name], dims[name]) for name, tree in held.items()}
+        y, new = run(params, x, old, (sides, enclosed), at)
+        new = either(at.valid, new, old)
+        return y, {
+            name: _with_entries(tree, places[name], dims[name], new[name])
+            for name, tree in held.items()
+        }
+
+    return stage
+
+
+_at = functools.partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+_put = functools.partial(lax.dynamic_update_index_in_dim, allow_negative_indices=False)
+
+
+def _entry(tree: Any, i: jax.Array, dims: int) -> Any:
+    """Entry `i` of those that the first `dims` dims hold; with none, all there is."""
+    return jax.tree.map(lambda a: _at(_flat(a, dims), i, 0), tree) if dims else tree
+
+
+def _entries(tree: Any, i_S: jax.Array, dims: int) -> Any:
+    """For each stage, the entry of its own."""
+    return jax.vmap(functools.partial(_entry, dims=dims))(tree, i_S)
+
+
+def _with_entries(tree: Any, i_S: jax.Array, dims: int, new: Any) -> Any:
+    """`tree` with `new` as the entry of each stage."""
+    one = lambda a, x, i: _put(_flat(a, dims), x, i, 0).reshape(a.shape)  # noqa: E731
+    each = jax.vmap(lambda tree, new, i: jax.tree.map(lambda a, x: one(a, x, i), tree, new))
+    return each(tree, new, i_S) if dims else new
+
+
+def _flat(a: jax.Array, dims: int) -> jax.Array:
+    return a.reshape(-1, *a.shape[dims:])
+
+
+def _out(q: jax.Array, is_first_S: jax.Array, ticks: Ticks) -> jax.Array:
+    """What the first stage has in its queue `q`: a sum, which reaches its users as they need it.
+
+    It is named, so that a plan can tell of which pipeline it comes.
+    """
+    own = either(is_first_S, q, jnp.zeros_like(q))
+    add = lax.reduce_or if q.dtype == bool else lax.reduce_sum
+    busy = ticks.repeats * ticks.microbatches
+    numbers = f"{ticks.stages} {ticks.microbatches} {ticks.count} {busy}"
+    return checkpoint_name(add(own, (0,)), f"{PIPELINE} {numbers}")
+
+
+# ------------------------------------------------------------------------- what a pipeline is given
+
+
+def _opened(
+    stage_fn: Callable[..., Any],
+    ticks: Ticks,
+    params: Any,
+    x: Any,
+    sides: tuple[Any, ...],
+    held: Mapping[str, Any],
+) -> tuple[Callable[..., Any], list[jax.Array]]:
+    """The stage function, as one of the arrays that it encloses and of its arguments; and these.
+
+    They are those that may have a gradient, to which a stage that is in the bubble adds nothing.
+
+    Raises:
+      PipelineError: it does not return what it takes.
+    """
+    own = 1 + (ticks.repeats > 1)
+    dims = {"cache": own + 1, "state": own}
+    one, side = _types(x, 1), _types(sides, 1)
+    kept = {name: _types(tree, dims[name]) for name, tree in held.items()}
+    args = (_types(params, own), one, *side, *kept.values())
+    afresh = lambda *args: stage_fn(*args)  # noqa: E731 - JAX remembers a function's jaxpr
+    jaxpr, made = jax.make_jaxpr(afresh, return_shape=True)(*args)
+    if held and not (isinstance(made, tuple) and len(made) == 1 + len(held)):
+        raise PipelineError(
+            f"stage_fn must return ({', '.join(['y', *held])}), since the pipeline has a "
+            f"{' and a '.join(held)}."
+        )
+    y, *new = made if held else (made,)
+    _alike("its input", one, y)
+    for name, after in zip(kept, new, strict=True):
+        _alike(f"the {name}", kept[name], after)
+    tree = tree_util.tree_structure(made)
+
+    smooth = [is_tracer(x) and jnp.issubdtype(x.dtype, jnp.inexact) for x in jaxpr.consts]
+
+    def fn(enclosed: list[jax.Array], *args: Any) -> Any:
+        left = iter(enclosed)
+        consts = [next(left) if s else x for s, x in zip(smooth, jaxpr.consts, strict=True)]
+        leaves = tree_util.tree_leaves(args)
+        return tree_util.tree_unflatten(tree, eval_jaxpr(jaxpr.jaxpr, consts, *leaves))
+
+    return fn, [x for s, x in zip(smooth, jaxpr.consts, strict=True) if s]
+
+
+def _types(tree: Any, dims: int) -> Any:
+    """The types of the entries of arrays without their leading dims."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[dims:], jnp.result_type(x)), tree
+    )
+
+
+def _alike(what: str, given: Any, made: Any) -> None:
+    if tree_util.tree_structure(given) != tree_util.tree_structure(made):
+        raise PipelineError(
+            f"stage_fn returns {tree_util.tree_structure(made)} for {what} of structure "
+            f"{tree_util.tree_structure(given)}; every stage's output is another's input."
+        )
+    pairs = zip(tree_util.tree_leaves(given), tree_util.tree_leaves(made), strict=True)
+    for a, b in pairs:
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            raise PipelineError(
+                f"stage_fn returns {b.dtype}{list(b.shape)} for {what} of "
+                f"{a.dtype}{list(a.shape)}; every stage's output is another's input. Put what "
+                "changes the shape, such as embedding and softmax, before and after the pipeline."
+            )
+
+
+def _ticks(
+    schedule: str,
+    stages: int,
+    repeats: int,
+    params: Any,
+    microbatches: Any,
+    sides: Any,
+    held: Mapping[str, Any],
+) -> Ticks:
+    if schedule not in ("gpipe", "circular"):
+        raise PipelineError(f"schedule={schedule!r}: it is 'gpipe' or 'circular'.")
+    for name, number in (("stages", stages), ("repeats", repeats)):
+        if type(number) is not int or number < 1:
+            raise PipelineError(f"{name}={number!r}: it is a whole number, at least 1.")
+    if schedule == "gpipe" and repeats > 1:
+        raise PipelineError(
+            f"repeats={repeats} is for schedule='circular'; 'gpipe' goes round once."
+        )
+    (count,) = leading(microbatches, "microbatches") or (0,)
+    if not count:
+        raise PipelineError("microbatches holds none: give arrays with an entry for each.")
+    own = (("stages", stages),) + (("repeats", repeats),) * (repeats > 1)
+    each = ("microbatches", count)
+    wanted = {"stage_params": (params, own), "sides": (sides, (each,))}
+    wanted["cache"] = (held.get("cache"), (*own, each))
+    wanted["state"] = (held.get("state"), own)
+    for name, (tree, numbers) in wanted.items():
+        for dim, (what, number) in enumerate(numbers):
+            for size in leading(tree, name, dim):
+                if size != number:
+                    deal = "; gspmd.stack_stages deals out layers to stages" * (what != each[0])
+                    raise PipelineError(
+                        f"{name} has {size} entries in dim {dim}, but there are {number} {what}: "
+                        f"give one for each{deal}."
+                    )
+    return Ticks(stages, count, repeats)

@@ -1,0 +1,71 @@
+"""Strategies: tables that give each role of a dim the mesh axes that split it.
+
+A model annotates roles ("batch", "mlp"). A strategy is a table from roles to "data", "model" or
+"expert", written beside the model; `rules_for` fits it to the axes that a mesh has.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from gspmd.errors import SpecError, nearest
+
+Axis = str | tuple[str, ...] | None
+
+Rules = Mapping[str, Axis]
+"""Logical name of a dim -> the mesh axes that split it, outermost first; None leaves it whole."""
+
+
+def table(roles: Sequence[str], **axes: Axis) -> Rules:
+    """A table of `roles`, whole where `axes` does not name them.
+
+    A role with a prefix, such as "encoder_mlp", is split as the one without, if it is not named.
+
+    Raises:
+      SpecError: no such role.
+    """
+    if unknown := [role for role in axes if role not in roles]:
+        raise SpecError(f"no role {unknown[0]!r}{nearest(unknown[0], roles)}")
+    plain = {role: axes.get(role.partition("_")[2]) for role in roles}
+    return MappingProxyType({**plain, **axes})
+
+
+def rules_for(
+    tables: Mapping[str, Rules], strategy: str, mesh_axes: Sequence[str]
+) -> dict[str, Axis]:
+    """The table `tables[strategy]` for a mesh with these axes, outermost first.
+
+    * Axes that the mesh lacks are dropped; "expert" is read as "data" where the mesh lacks it.
+    * Every axis other than `model` splits what "data" splits of a role that ends in "batch".
+    * Weights are split by `data` and `expert`; or by an axis `fsdp`, where the mesh has one, in
+      place of `data`, which then holds copies of them.
+    * What splits "expert" splits no other dim of an expert: of the roles that begin with "expert_".
+
+    Raises:
+      SpecError: no such strategy.
+    """
+    if strategy not in tables:
+        raise SpecError(f"no strategy {strategy!r}: choose one of {', '.join(tables)}.")
+    rules = tables[strategy]
+    weights = ("fsdp" if "fsdp" in mesh_axes else "data", "expert")
+
+    def fit(role: str) -> tuple[str, ...]:
+        axis = rules.get(role)
+        found: list[str] = []
+        for name in (axis,) if isinstance(axis, str) else axis or ():
+            if role.endswith("batch") and name == "data":
+                found += [a for a in mesh_axes if a != "model"]
+            elif name == "expert" and name not in mesh_axes:
+                found.append("data")
+            else:
+                found += weights if name == "data" else (name,)
+        return tuple(a for a in dict.fromkeys(found) if a in mesh_axes)
+
+    experts = fit("expert")
+    fitted: dict[str, Axis] = {}
+    for role in rules:
+        axes = fit(role)
+        if role.startswith("expert_"):
+            axes = tuple(a for a in axes if a not in experts)
+        single = len(axes) == 1 and not role.endswith("batch")
+        fitted[role] = axes[0] if single else axes or None
+    return fitted
