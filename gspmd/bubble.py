@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 
 class At(NamedTuple):
@@ -71,91 +70,30 @@ class Ticks:
         return Step(jax.tree.map(lambda x: x[:-1], at), place_TS[:-1, -1], place_TS[1:, 0])
 
 
-# Both functions write out their gradients, for which they keep a bit of each stage. `jnp.where`
-# would keep its condition in the shape of its operands, and what it makes of weights, in each tick.
+def guarded(valid_S: jax.Array, tree: Any) -> Any:
+    """`tree`, whose arrays have a leading dim of stages; where it is not valid, without gradient.
 
-
-def guarded(valid: jax.Array, tree: Any) -> Any:
-    """`tree`; where it is not valid, no gradient comes back.
-
-    The dims of `valid` are the leading dims of all arrays, here and in `either`.
+    Zeros for gradients would not do: what a stage does in the bubble may be NaN, and 0 * NaN is.
     """
-    return jax.tree.map(lambda x: _guard(valid, x) if _is_smooth(x) else x, tree)
+    smooth = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: E731
+    return jax.tree.map(lambda x: _guarded(valid_S, x) if smooth(x) else x, tree)
 
 
-def either(valid: jax.Array, tree: Any, other: Any) -> Any:
-    """`tree` where it is valid, else the `other`."""
-
-    def choose(x: jax.Array, y: jax.Array) -> jax.Array:
-        return (_choose if _is_smooth(x) else _where)(valid, x, y)
-
-    return jax.tree.map(choose, tree, other)
-
-
-def _is_smooth(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _where(valid: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.where(valid.reshape(*valid.shape, *(1,) * (x.ndim - valid.ndim)), x, y)
-
-
-def _or_zero(valid: jax.Array, x: jax.Array) -> jax.Array:
-    return _where(valid, x, jnp.zeros_like(x))
-
-
-@jax.custom_vjp
-def _guard(valid: jax.Array, x: jax.Array) -> jax.Array:
+@jax.custom_jvp
+def _guarded(valid_S: jax.Array, x: jax.Array) -> jax.Array:
     return x
 
 
-@jax.custom_vjp
-def _choose(valid: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    return _where(valid, x, y)
+@_guarded.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (valid_S, x), (_, tangent) = primals, tangents
+    return x, either(valid_S, tangent, jnp.zeros_like(tangent))
 
 
-_guard.defvjp(
-    lambda valid, x: (x, valid),
-    lambda valid, ct: (None, _or_zero(valid, ct)),
-)
-_choose.defvjp(
-    lambda valid, x, y: (_where(valid, x, y), valid),
-    lambda valid, ct: (None, _or_zero(valid, ct), _or_zero(~valid, ct)),
-)
+def either(valid_S: jax.Array, tree: Any, other: Any) -> Any:
+    """Of each stage `tree` where it is valid, else the `other`."""
 
+    def choose(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(valid_S.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
 
-# What is put in a place is taken once. So gradients need not be added up there: that of what was
-# taken replaces that of what was put there later. Both the queues and their gradients are updated
-# in place; with the gradients that JAX makes of slices, each tick would copy them.
-
-
-def take(queue: Any, place: jax.Array) -> tuple[Any, Any]:
-    """What is at a place of the queues, and the queues; arrays `[stages, places, ...]`."""
-    pairs = jax.tree.map(lambda q: (_take if _is_smooth(q) else _taken)(q, place), queue)
-    return jax.tree.transpose(jax.tree.structure(queue), jax.tree.structure((0, 0)), pairs)
-
-
-def put(queue: Any, x: Any, place: jax.Array) -> Any:
-    """The queues with `x` at a place."""
-    return jax.tree.map(lambda q, a: (_put if _is_smooth(q) else _with)(q, a, place), queue, x)
-
-
-def _taken(queue: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x = lax.dynamic_index_in_dim(queue, place, 1, keepdims=False, allow_negative_indices=False)
-    return x, queue
-
-
-def _with(queue: jax.Array, x: jax.Array, place: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(queue, x, place, 1, allow_negative_indices=False)
-
-
-_take = jax.custom_vjp(_taken)
-_take.defvjp(
-    lambda queue, place: (_taken(queue, place), place),
-    lambda place, cts: (_with(cts[1], cts[0], place), None),
-)
-_put = jax.custom_vjp(_with)
-_put.defvjp(
-    lambda queue, x, place: (_with(queue, x, place), place),
-    lambda place, ct: (ct, _taken(ct, place)[0], None),
-)
+    return jax.tree.map(choose, tree, other)

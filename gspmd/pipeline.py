@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from gspmd._compat import is_tracer
 from gspmd.annotate import annotate
-from gspmd.bubble import At, Step, Ticks, either, guarded, put, take
+from gspmd.bubble import At, Step, Ticks, either, guarded
 from gspmd.findings import PIPELINE
 from gspmd.stages import PipelineError, leading
 
@@ -37,7 +37,7 @@ MOVES = frozenset(
         "name", "reshape", "slice", "squeeze", "transpose",
     }
 )  # fmt: skip
-"""What computes nothing: its results are made again for the backward pass, rather than kept."""
+"""Primitives that compute nothing."""
 
 
 def pipeline(
@@ -106,19 +106,21 @@ def pipeline(
         more = ticks.places - ticks.microbatches
         return jnp.pad(x_S, [(0, 0), (0, more)] + [(0, 0)] * (x_S.ndim - 2))
 
-    def first_or(x: Any, moved: Any) -> Any:
-        return split(either(is_first_S, x, moved))
+    def taken(queue: Any, place: Any, moved: Any) -> Any:
+        """What the stages work on: the first on what it takes from the queue."""
+        return split(either(is_first_S, jax.tree.map(lambda q: _at(q, place, 1), queue), moved))
 
     params, held = split(jax.tree.map(jnp.asarray, (stage_params, held)))
-    x, queue = take(split(jax.tree.map(queued, microbatches)), jnp.int32(0))
-    x = first_or(x, jax.tree.map(jnp.zeros_like, x))
+    queue = split(jax.tree.map(queued, microbatches))
+    x = taken(queue, 0, jax.tree.map(lambda q: jnp.zeros_like(q[:, 0]), queue))
 
     def tick(carry: tuple[Any, Any, Any], step: Step) -> tuple[tuple[Any, Any, Any], None]:
         x, queue, held = carry
         made, held = run(params, x, held, step.at)
         moved = jax.tree.map(lambda a: split(jnp.roll(a, 1, axis=0)), split(made))
-        x, queue = take(split(put(queue, moved, step.leaves)), step.enters)
-        return (first_or(x, moved), queue, split(held)), None
+        # To take after putting lets XLA update the queue in place.
+        queue = jax.tree.map(lambda q, a: split(_put(q, a, step.leaves, 1)), queue, moved)
+        return (taken(queue, step.enters, moved), queue, split(held)), None
 
     (_, queue, held), _ = lax.scan(tick, (x, queue, held), ticks.steps())
     outs = jax.tree.map(lambda q: _out(q[:, : ticks.microbatches], is_first_S, ticks), queue)
@@ -142,27 +144,31 @@ def _stages(
         sides, enclosed = shared
         side = jax.vmap(functools.partial(_entry, dims=1), (None, 0))(sides, at.micro)
         copies = [jnp.broadcast_to(a, (ticks.stages, *a.shape)) for a in enclosed]
-        made = jax.vmap(fn)(*guarded(at.valid, (copies, params, x, *side, *old.values())))
-        return (made[0], dict(zip(old, made[1:], strict=True))) if old else (made, {})
+        given = guarded(at.valid, (copies, params, x, *side, *old.values()))
+        y, *new = jax.vmap(fn)(*given)
+        return y, either(at.valid, dict(zip(old, new, strict=True)), old)
 
-    if remat:
-        run = jax.checkpoint(run, prevent_cse=False, policy=None if remat is True else remat)
-    elif goes_round or sides:
-        # Weights that a stage picks by its round would be kept for each tick.
-        policy = lambda primitive, *_, **__: primitive.name not in MOVES  # noqa: E731
-        run = jax.checkpoint(run, prevent_cse=False, policy=policy)
+    policy = remat if callable(remat) else None if remat else _is_computed
+    run = jax.checkpoint(run, prevent_cse=False, policy=policy)
 
-    def stage(params: Any, x: Any, held: dict[str, Any], at: At) -> tuple[Any, dict[str, Any]]:
+    def stages(params: Any, x: Any, held: dict[str, Any], at: At) -> tuple[Any, dict[str, Any]]:
         places = {"cache": at.round * ticks.microbatches + at.micro, "state": at.round}
         old = {name: _entries(tree, places[name], dims[name]) for name, tree in held.items()}
         y, new = run(params, x, old, (sides, enclosed), at)
-        new = either(at.valid, new, old)
         return y, {
             name: _with_entries(tree, places[name], dims[name], new[name])
             for name, tree in held.items()
         }
 
-    return stage
+    return stages
+
+
+def _is_computed(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether to keep what a primitive makes for the backward pass.
+
+    Else what a tick picks of the weights, or makes masks of, would be kept for each tick.
+    """
+    return primitive.name not in MOVES
 
 
 _at = functools.partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
@@ -175,15 +181,17 @@ def _entry(tree: Any, i: jax.Array, dims: int) -> Any:
 
 
 def _entries(tree: Any, i_S: jax.Array, dims: int) -> Any:
-    """For each stage, the entry of its own."""
+    """The entry of each stage."""
     return jax.vmap(functools.partial(_entry, dims=dims))(tree, i_S)
 
 
 def _with_entries(tree: Any, i_S: jax.Array, dims: int, new: Any) -> Any:
     """`tree` with `new` as the entry of each stage."""
-    one = lambda a, x, i: _put(_flat(a, dims), x, i, 0).reshape(a.shape)  # noqa: E731
-    each = jax.vmap(lambda tree, new, i: jax.tree.map(lambda a, x: one(a, x, i), tree, new))
-    return each(tree, new, i_S) if dims else new
+
+    def put(a: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.vmap(lambda a, x, i: _put(_flat(a, dims), x, i, 0).reshape(a.shape))(a, x, i_S)
+
+    return jax.tree.map(put, tree, new) if dims else new
 
 
 def _flat(a: jax.Array, dims: int) -> jax.Array:
@@ -222,9 +230,9 @@ def _opened(
     """
     own = 1 + (ticks.repeats > 1)
     dims = {"cache": own + 1, "state": own}
-    one, side = _types(x, 1), _types(sides, 1)
-    kept = {name: _types(tree, dims[name]) for name, tree in held.items()}
-    args = (_types(params, own), one, *side, *kept.values())
+    one, side = _first(x, 1), _first(sides, 1)
+    kept = {name: _first(tree, dims[name]) for name, tree in held.items()}
+    args = (_first(params, own), one, *side, *kept.values())
     afresh = lambda *args: stage_fn(*args)  # noqa: E731 - JAX remembers a function's jaxpr
     jaxpr, made = jax.make_jaxpr(afresh, return_shape=True)(*args)
     if held and not (isinstance(made, tuple) and len(made) == 1 + len(held)):
@@ -240,20 +248,19 @@ def _opened(
 
     smooth = [is_tracer(x) and jnp.issubdtype(x.dtype, jnp.inexact) for x in jaxpr.consts]
 
-    def fn(enclosed: list[jax.Array], *args: Any) -> Any:
+    def fn(enclosed: list[jax.Array], *args: Any) -> tuple[Any, ...]:
         left = iter(enclosed)
         consts = [next(left) if s else x for s, x in zip(smooth, jaxpr.consts, strict=True)]
         leaves = tree_util.tree_leaves(args)
-        return tree_util.tree_unflatten(tree, eval_jaxpr(jaxpr.jaxpr, consts, *leaves))
+        made = tree_util.tree_unflatten(tree, eval_jaxpr(jaxpr.jaxpr, consts, *leaves))
+        return made if held else (made,)
 
     return fn, [x for s, x in zip(smooth, jaxpr.consts, strict=True) if s]
 
 
-def _types(tree: Any, dims: int) -> Any:
-    """The types of the entries of arrays without their leading dims."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[dims:], jnp.result_type(x)), tree
-    )
+def _first(tree: Any, dims: int) -> Any:
+    """The first entry of arrays along their leading dims, of which nothing but the type counts."""
+    return jax.tree.map(lambda x: jnp.asarray(x)[(0,) * dims], tree)
 
 
 def _alike(what: str, given: Any, made: Any) -> None:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax, tree_util
 
-from gspmd.bubble import either
 from gspmd.errors import GspmdError
 
 
@@ -110,7 +109,9 @@ def run_layers(layer_fn: Callable[..., Any], keeps: int = 0) -> Callable[..., An
             params, there, old = one
             made = layer_fn(params, x, *shared, *old)
             y, new = (made[0], tuple(made[1:])) if keeps else (made, ())
-            return (y, new) if there is None else either(there, (y, new), (x, old))
+            if there is None:
+                return y, new
+            return jax.tree.map(lambda a, b: jnp.where(there, a, b), (y, new), (x, old))
 
         y, kept = lax.scan(layer, x, (*params_and_mask, kept))
         return (y, *kept) if keeps else y

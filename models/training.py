@@ -51,6 +51,7 @@ class TrainConfig:
     seed: int = 0
     learning_rate: float = 1e-3
     warmup: int = 20  # steps over which the learning rate rises
+    decay: int = 0  # steps over which it falls to 0 at the end
     weight_decay: float = 0.01
     checkpoints: pathlib.Path | None = None  # a folder; None keeps none
     save_every: int = 50  # steps
@@ -74,7 +75,7 @@ def tokens_per_second(records: Sequence[Record]) -> float:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW whose learning rate rises linearly and then stays.
+    """AdamW whose learning rate rises linearly, stays, and falls linearly.
 
     Its epsilon is larger than usual: with 1e-8, a gradient that is zero but for rounding moves its
     parameter by a whole learning rate, and two runs that round differently soon part.
@@ -83,6 +84,9 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     rate = optax.warmup_constant_schedule(
         config.learning_rate / warmup, config.learning_rate, warmup - 1
     )
+    if config.decay:
+        fall = optax.linear_schedule(config.learning_rate, 0.0, config.decay)
+        rate = optax.join_schedules([rate, fall], [config.steps - config.decay])
     return optax.adamw(rate, b2=0.95, eps=1e-6, weight_decay=config.weight_decay)
 
 

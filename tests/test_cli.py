@@ -249,7 +249,7 @@ def test_explain(gspmd: Callable[..., Any], about: str) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ("plan prog.py", "'prog.py' is not FILE.py:FUNCTION"),
+        ("plan prog.py", "'prog.py' is neither FILE.py:FUNCTION nor models.NAME:CONFIG"),
         ("plan prg.py:step", "there is no file 'prg.py'; did you mean 'prog.py'?"),
         ("plan no/where.py:step", "there is no file 'no/where.py'."),
         ("plan notes.txt:step", "'notes.txt' is not a Python file"),

@@ -36,7 +36,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def invoke(*words: str) -> Any:
-    return CliRunner().invoke(app, words)
+    return CliRunner().invoke(app, words, env={"COLUMNS": "200"})
 
 
 def succeed(*words: str) -> str:

@@ -31,10 +31,18 @@ SHOWN = {
         r'^overlap="none": 2 x all_gather, reduce_scatter: 469\.8 MB$',
         r'^overlap="auto": 14 x collective_permute: 469\.8 MB$',
     ],
+    "pipeline": [
+        r"^  #7 collective_permute\[stage\] f32\[4@stage,8,64\]: 19 x 2,048 B, backward, ",
+        r"^not pipelined: loss 0\.\d+, \d\.\d\d MB sent; over stages:$",
+    ],
     "pod_on_a_laptop": [
         r"^137,702,416,384 parameters, 138,334,336 on each device;",
         r"^reduce_scatter +model +\d+ +\d+\.\d\d$",
         r"^planned in \d+\.\d\d s: trace ",
+    ],
+    "ring_attention": [
+        r"^#1 collective_permute\[seq\] f32\[4,251,8@model,16\]: 3 x 257,024 B, forward, ",
+        r"^gradient of q: off by (0|\d)e[-+]0[0-9] of the largest entry$",
     ],
     "uneven": [
         r"^gathered at the boundary: 0$",

@@ -90,7 +90,7 @@ def demo(steps: int) -> None:
     )
     _title("A Transformer, written for one device. These lines say what may be split:")
     for module in (transformer, layers, blocks):
-        say(_annotations(Path(module.__file__)))
+        say(_annotations(Path(inspect.getfile(module))))
     _title("One training step, planned for a mesh of 2 x 4:")
     say(summary(job.plan))
     _title(f"{steps} steps on the source code of Python's standard library, on 8 CPU devices:")

@@ -3,7 +3,7 @@
 Each row of the picture, if one is asked for, is an image, the attention map of its class, and
 GradCAT's walk down the tree of blocks, from the whole image to one block of the first level.
 
-    python examples/gradcat.py [picture.png]
+    python benchmarks/gradcat.py [picture.png]
 """
 
 import functools
