@@ -1,6 +1,7 @@
 """`gspmd train` and `gspmd demo`: a training job, told while it happens."""
 
 import contextlib
+import inspect
 import os
 import shlex
 import sys
