@@ -609,6 +609,8 @@ def cases() -> Iterator[Any]:
             yield pytest.param(layer, table, repeats, marks=marks)
 
 
+# In some nests weights are gathered in each tick yet: sums do not leave a loop within a loop there.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("layer", "table", "repeats"), list(cases()))
 def test_nested_within_a_stage_as_without_one(
     layer: Callable[..., Any], table: str, repeats: int
