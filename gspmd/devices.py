@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import Mesh as DeviceMesh
 
@@ -18,7 +19,14 @@ def devices_mesh(mesh: Mesh) -> DeviceMesh:
     Raises:
       MeshError: there are too few.
     """
-    return _arrange(mesh, jax.devices(), "this process has", _TOO_FEW.format(mesh.devices))
+    devices = jax.devices()
+    if len(devices) < mesh.devices:
+        raise MeshError(
+            f"mesh {show_mesh(dict(mesh.axes))} needs {mesh.devices} devices, this process has "
+            f"{len(devices)}; use plan.simulate, or set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={mesh.devices} before jax starts."
+        )
+    return _arrange(mesh, devices[: mesh.devices])
 
 
 def topology_mesh(mesh: Mesh, topology: Any) -> DeviceMesh:
@@ -40,7 +48,12 @@ def topology_mesh(mesh: Mesh, topology: Any) -> DeviceMesh:
                 "give a jax.sharding.Mesh, what jax.experimental.topologies describes, or the name "
                 'of TPUs, such as "tpu-v5e:2x4".'
             )
-        return _arrange(mesh, topology.devices, "the topology has", "take one of that size.")
+        if len(topology.devices) != mesh.devices:
+            raise MeshError(
+                f"mesh {show_mesh(dict(mesh.axes))} has {mesh.devices} devices, the topology has "
+                f"{len(topology.devices)}; take one of that size."
+            )
+        return _arrange(mesh, topology.devices)
     if tuple(topology.shape.items()) != mesh.axes:
         raise MeshError(
             f"the plan is for mesh {show_mesh(dict(mesh.axes))}, and is to be compiled for mesh "
@@ -49,21 +62,20 @@ def topology_mesh(mesh: Mesh, topology: Any) -> DeviceMesh:
     return topology
 
 
-_TOO_FEW = (
-    "use plan.simulate, or set XLA_FLAGS=--xla_force_host_platform_device_count={} before jax "
-    "starts."
-)
+# What the TPU compiler calls a generation, where that is not as in our topologies' names; and what
+# it must be told: the two cores of a v4 chip run as one device ("megacore"), as on the real ones.
+_CALLED = {"v7": "tpu7x"}
+_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
-def _arrange(mesh: Mesh, devices: Sequence[Any], who_has: str, way_out: str) -> DeviceMesh:
-    if len(devices) < mesh.devices:
-        raise MeshError(
-            f"mesh {show_mesh(dict(mesh.axes))} needs {mesh.devices} devices, {who_has} "
-            f"{len(devices)}; {way_out}"
-        )
+def _arrange(mesh: Mesh, devices: Sequence[Any]) -> DeviceMesh:
     sizes = tuple(size for _, size in mesh.axes)
     kinds = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(sizes, mesh.names, kinds, devices=devices[: mesh.devices])
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        # `jax.make_mesh` is for one slice. Slice by slice, the major axes are those that cross.
+        rows = np.array(sorted(devices, key=lambda device: (device.slice_index, device.id)))
+        return DeviceMesh(rows.reshape(sizes), mesh.names, axis_types=kinds)
+    return jax.make_mesh(sizes, mesh.names, kinds, devices=devices)
 
 
 def _described(name: str) -> Any:
@@ -75,8 +87,14 @@ def _described(name: str) -> Any:
         )
     from jax.experimental import topologies  # it is slow to import, and seldom used
 
+    short, _, slices = name.strip().removeprefix("tpu-").partition(" x")
+    generation, _, shape = short.partition(":")
+    options: dict[str, Any] = dict(_OPTIONS.get(generation, {}))
+    if slices.endswith(" slices") and slices.removesuffix(" slices").isdecimal():
+        options["num_slices"] = int(slices.removesuffix(" slices"))
+    called = f"{_CALLED.get(generation, generation)}:{shape}"
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name.removeprefix("tpu-"))
+        return topologies.get_topology_desc(platform="tpu", topology_name=called, **options)
     except jax.errors.JaxRuntimeError as error:
         said = str(error).strip().partition("\n")[0]
         if not said.startswith("INVALID_ARGUMENT"):

@@ -200,8 +200,12 @@ def topology(name: str) -> Topology:
     slices = int(match["slices"] or 1)
     if min(*shape, slices) == 0:
         raise MeshError(f"topology {name!r} has a dim of size 0; each must be at least 1.")
+    return _built(name.strip(), kind, shape, slices)
+
+
+def _built(name: str, kind: Chip, shape: tuple[int, ...], slices: int = 1) -> Topology:
     build = {"tpu": _tpu, "gpu": _gpu, "cpu": _cpu}[kind.platform]
-    return Topology(name.strip(), kind, build(name, kind, shape, slices))
+    return Topology(name, kind, build(name, kind, shape, slices))
 
 
 def smallest(chip: Chip, devices: int) -> Topology:
@@ -216,11 +220,16 @@ def smallest(chip: Chip, devices: int) -> Topology:
             f"{devices} devices are no whole number of {chip.name} chips of {chip.devices}; use "
             f"{(chips + 1) * chip.devices}."
         )
+
+    def named(shape: tuple[int, ...], slices: int = 1) -> Topology:
+        name = f"{chip.name}:{'x'.join(map(str, shape))}"
+        return _built(name + (f" x{slices} slices" if slices > 1 else ""), chip, shape, slices)
+
     if chip.platform == "gpu":
         node = max(n for n in range(1, min(chips, *chip.links.largest) + 1) if chips % n == 0)
-        return topology(f"{chip.name}:{node}" + (f"x{chips // node}" if chips > node else ""))
+        return named((node, chips // node) if chips > node else (node,))
     if chip.platform == "cpu":
-        return topology(f"{chip.name}:{chips}")
+        return named((chips,))
 
     def squarest(shape: tuple[int, ...]) -> tuple[Any, ...]:
         return all(_wrapping(shape, chip.links)), sorted(shape)
@@ -228,8 +237,7 @@ def smallest(chip: Chip, devices: int) -> Topology:
     for slices in range(1, chips + 1):
         shapes = [] if chips % slices else _tori(chips // slices, chip.links)
         if shapes:
-            shape = "x".join(map(str, max(shapes, key=squarest)))
-            return topology(f"{chip.name}:{shape}" + (f" x{slices} slices" if slices > 1 else ""))
+            return named(max(shapes, key=squarest), slices)
     raise AssertionError("a chip is a slice of its own")
 
 

@@ -51,7 +51,8 @@ def unpartitioned(name: str) -> list[float]:
 @pytest.mark.parametrize(
     ("mesh", "strategy", "config"),
     [
-        ("data=1,model=8", "2d", "plain"),  # more devices than heads
+        # More devices than heads.
+        pytest.param("data=1,model=8", "2d", "plain", marks=pytest.mark.exhaustive),
         ("data=8,model=1", "fsdp", "plain"),
         ("data=2,model=4", "2d", "plain"),
         ("data=2,model=4", "tensor", "dropout"),
@@ -72,7 +73,10 @@ def test_losses_equal_the_unpartitioned_run(mesh: str, strategy: str, config: st
     np.testing.assert_allclose(losses(CONFIGS[config], partition), unpartitioned(config), rtol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", ["data=8,model=8", "data=4,fsdp=4,model=4"])
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param("data=8,model=8", marks=pytest.mark.exhaustive), "data=4,fsdp=4,model=4"],
+)
 def test_a_step_on_64_simulated_devices(mesh: str) -> None:
     """One device plays 64: the whole state after a step is that of the unpartitioned step."""
     optimizer = training.make_optimizer(training.TrainConfig())
