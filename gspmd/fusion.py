@@ -204,14 +204,16 @@ def _inlined(
 
 def _with_products(fusions: Sequence[Fusion], kinds: Kinds) -> Iterator[Fusion]:
     """`fusions`, with each reduction of a product run as the product is, where nothing reads what
-    that gives before."""
+    that gives before. Of several, none can need the result of another, which is there too late."""
     found: list[Fusion | None] = []
     fresh: dict[Value, int] = {}  # what products give, and nobody has read yet: place in `found`
+    late: set[Value] = set()  # what such reductions give
     for fusion in fusions:
         sources = {fresh[x] for x in fusion.reads if x in fresh}
         if sources:
             fresh = {x: i for x, i in fresh.items() if i not in sources}
-        if kinds[fusion.root] == "reduce" and len(sources) == 1:
+        alone = late.isdisjoint(fusion.reads)
+        if kinds[fusion.root] == "reduce" and len(sources) == 1 and alone:
             place = sources.pop()
             product = found[place]
             assert product is not None
@@ -222,6 +224,7 @@ def _with_products(fusions: Sequence[Fusion], kinds: Kinds) -> Iterator[Fusion]:
                 (*product.writes, *fusion.writes),
             )
             found[place] = None
+            late.update(fusion.writes[len(product.writes) :])
         if any(kinds[op] == "product" for op in fusion.ops):
             fresh.update((x, len(found)) for x in fusion.writes)
         found.append(fusion)
