@@ -19,7 +19,7 @@ from gspmd import P
 from gspmd.errors import SpecError
 from gspmd.models import gradcat, images, nest, vision
 from gspmd.models.nest import CONFIGS, RULES, Config, rules_for
-from gspmd.models.training import TrainConfig, make_optimizer, make_step, train
+from gspmd.models.training import TrainConfig, make_optimizer, make_step
 from gspmd.models.vision import ImageError
 from gspmd.testing import assert_equivalent
 
@@ -446,16 +446,3 @@ def test_accuracy_counts_every_image_once() -> None:
     pixels = np.arange(7, dtype=np.float32).reshape(7, 1, 1, 1)
     assert images.accuracy(apply, pixels, labels, batch_size=4) == 5 / 7
     assert set(shapes) == {(4, 1, 1, 1)}
-
-
-@pytest.mark.exhaustive
-def test_digits_are_read_after_some_minutes() -> None:
-    config, data = CONFIGS["digits"], images.digits(16)
-    state = train(
-        TrainConfig(steps=300),
-        functools.partial(nest.init, config),
-        functools.partial(nest.loss, config),
-        lambda step: images.batch(data, seed=0, step=step, batch_size=64),
-    )
-    apply = jax.jit(functools.partial(nest.apply, config, state["params"]))
-    assert images.accuracy(apply, data.held_out, data.held_out_labels) >= 0.95
