@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Rectangle
 
 from gspmd.models import gradcat, images, nest
 from gspmd.models.training import Record, TrainConfig, train
@@ -61,9 +62,9 @@ def draw(path: str, params: nest.Params, pixels: np.ndarray, labels: np.ndarray)
         look = {"cmap": "coolwarm", "vmin": -top, "vmax": top, "extent": (0, 16, 16, 0)}
         row[1].imshow(map_YX, alpha=0.6, interpolation="bicubic", **look)
         row[1].set_title(f"what says {label}")
-        walk = gradcat.walk(CONFIG, params, image, int(label))
+        walk = gradcat.walk(CONFIG, params, image, int(label), sign=1)
         for y, x, side in walk.squares[1:]:
-            row[2].add_patch(plt.Rectangle((x, y), side, side, fill=False, color="C3", lw=2))
+            row[2].add_patch(Rectangle((x, y), side, side, fill=False, color="C3", lw=2))
         row[2].set_title("GradCAT " + " > ".join(map(str, walk.path)))
     figure.savefig(path, dpi=120)
 

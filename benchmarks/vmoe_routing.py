@@ -63,10 +63,10 @@ def draw(path: str, share_LCE: np.ndarray, right: dict[str, list[float]]) -> Non
         1, count + 1, figsize=(sum(widths), 3.6), width_ratios=widths, layout="constrained"
     )
     for i, (axes, share_CE) in enumerate(zip(maps, share_LCE, strict=True)):
-        shown = axes.imshow(share_CE, cmap="Blues", vmin=0, vmax=share_LCE.max())
+        axes.imshow(share_CE, cmap="Blues", vmin=0, vmax=share_LCE.max())
         axes.set(title=f"sparse layer {i + 1}", xlabel="expert", ylabel="digit")
         axes.set(xticks=range(CONFIG.experts), yticks=range(CONFIG.classes))
-    figure.colorbar(shown, ax=maps, label="share of class tokens")
+    figure.colorbar(maps[0].images[0], ax=maps, label="share of class tokens")
     for i, (name, values) in enumerate(right.items()):
         line = "o-" if name.endswith("priority") else "s--"
         curves.plot(CAPACITIES, values, line, label=name, color=f"C{i // 2}")
@@ -74,7 +74,7 @@ def draw(path: str, share_LCE: np.ndarray, right: dict[str, list[float]]) -> Non
     curves.set_xscale("log", base=2)
     curves.set_xticks(CAPACITIES, [str(c) for c in CAPACITIES])
     curves.grid(alpha=0.3)
-    curves.legend()
+    curves.legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=120)
 
 
@@ -86,7 +86,7 @@ def main(*path: str) -> None:
         print(
             f"{share_E.max():.0%} of the class tokens of a {digit} go to expert {share_E.argmax()}"
         )
-    print(f"{'capacity factor':<24}" + "".join(f"{c:>8}" for c in CAPACITIES))
+    print(f"{'capacity factor':<31}" + "".join(f"{c:>8}" for c in CAPACITIES))
     right: dict[str, list[float]] = {}
     for k in (1, 2):
         for order, priority in ORDERS.items():
@@ -95,7 +95,7 @@ def main(*path: str) -> None:
                 read_right(params, data, k=k, capacity_factor=c, batch_priority=priority)
                 for c in CAPACITIES
             ]
-            print(f"{name:<24}" + "".join(f"{r:>8.1%}" for r in right[name]))
+            print(f"{name:<31}" + "".join(f"{r:>8.1%}" for r in right[name]))
     if path:
         draw(path[0], share_LCE, right)
 

@@ -291,12 +291,20 @@ def test_a_partitioned_training_step_is_the_step(strategy: str, mesh: str) -> No
     ("strategy", "mesh"),
     [
         ("data", "data=8"),
+        ("data", "data=3"),
+        ("data", "data=4,model=1"),
         ("fsdp", "data=8"),
+        ("fsdp", "data=3"),
+        ("fsdp", "data=4,model=1"),
         ("tensor", "data=2,model=4"),
+        ("tensor", "data=2,model=3"),
+        ("tensor", "data=1,model=4"),
         ("spatial", "data=2,rows=2,columns=2"),
+        ("spatial", "rows=3"),
+        ("spatial", "rows=2,columns=1,model=2"),
     ],
 )
-def test_a_training_step_on_eight_devices_is_the_step(strategy: str, mesh: str) -> None:
+def test_a_training_step_on_devices_is_the_step(strategy: str, mesh: str) -> None:
     step, state = step_and_state()
     assert_equivalent(
         step, state, batch(size=8), mesh=mesh, rules=rules_for(strategy, axes(mesh)),

@@ -48,7 +48,7 @@ def test_a_pixel_shuffle_puts_the_features_of_a_position_into_four() -> None:
         np.testing.assert_array_equal(made[:, y, x], expected)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["digits", pytest.param("imagenet", marks=pytest.mark.exhaustive)])
 def test_images_have_the_size_that_is_read_and_one_score(name: str) -> None:
     config = CONFIGS[name]
     fresh = jax.eval_shape(functools.partial(nest_gan.init, config), jax.random.key(0))
@@ -67,6 +67,7 @@ def test_images_are_light_and_follow_from_their_numbers() -> None:
     assert not np.allclose(made[0], made[1])
 
 
+@pytest.mark.exhaustive
 def test_each_player_learns_from_its_own_loss_only() -> None:
     """Against the two losses written out by themselves."""
     key = jax.random.key(3)

@@ -325,12 +325,20 @@ def test_a_partitioned_training_step_is_the_step(strategy: str, mesh: str) -> No
     ("strategy", "mesh"),
     [
         ("data", "data=8"),
+        ("data", "data=3"),
+        ("data", "data=1,expert=2"),
         ("expert", "data=2,expert=4"),
+        ("expert", "data=2,expert=3"),
+        ("expert", "data=4,expert=1"),
         ("expert_tensor", "data=2,expert=2,model=2"),
+        ("expert_tensor", "data=1,expert=3,model=2"),
+        ("expert_tensor", "data=1,expert=4,model=2"),
         ("expert_fsdp", "data=2,expert=4"),
+        ("expert_fsdp", "expert=3"),
+        ("expert_fsdp", "data=8,expert=1"),
     ],
 )
-def test_a_training_step_on_eight_devices_is_the_step(strategy: str, mesh: str) -> None:
+def test_a_training_step_on_devices_is_the_step(strategy: str, mesh: str) -> None:
     step, state = step_and_state()
     assert_equivalent(
         step, state, batch(16), mesh=mesh, rules=rules_for(strategy, axes(mesh)),
