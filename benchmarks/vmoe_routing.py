@@ -86,16 +86,16 @@ def main(*path: str) -> None:
         print(
             f"{share_E.max():.0%} of the class tokens of a {digit} go to expert {share_E.argmax()}"
         )
-    print(f"{'capacity factor':<31}" + "".join(f"{c:>8}" for c in CAPACITIES))
+    print(f"{'capacity factor':<20}" + "".join(f"{c:>8}" for c in CAPACITIES))
     right: dict[str, list[float]] = {}
     for k in (1, 2):
         for order, priority in ORDERS.items():
-            name = f"{k} for each token, {order}"
+            name = f"k={k}, {order}"
             right[name] = [
                 read_right(params, data, k=k, capacity_factor=c, batch_priority=priority)
                 for c in CAPACITIES
             ]
-            print(f"{name:<31}" + "".join(f"{r:>8.1%}" for r in right[name]))
+            print(f"{name:<20}" + "".join(f"{r:>8.1%}" for r in right[name]))
     if path:
         draw(path[0], share_LCE, right)
 

@@ -202,7 +202,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             learning_rate=1e-3,
         ),
         "glam": Recipe(
-            text_task, "tiny", "data=4,model=2", "expert_2d", batch_size=16, steps=200,
+            text_task, "tiny", "data=4,model=2", "expert_2d", batch_size=16, steps=1000,
             learning_rate=3e-3,
         ),
         "vmoe": Recipe(
