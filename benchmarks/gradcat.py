@@ -53,16 +53,18 @@ def erased(image_YXC: np.ndarray, square: gradcat.Square) -> np.ndarray:
 def draw(path: str, params: nest.Params, pixels: np.ndarray, labels: np.ndarray) -> None:
     maps_BYXC = gradcat.class_attention(CONFIG, params, pixels)
     figure, rows = plt.subplots(len(pixels), 3, figsize=(6, 2 * len(pixels)), layout="tight")
-    for row, image, maps_YXC, label in zip(rows, pixels, maps_BYXC, labels, strict=True):
+    whole = (0, CONFIG.image, CONFIG.image, 0)
+    for row, image_YXC, maps_YXC, label in zip(rows, pixels, maps_BYXC, labels, strict=True):
         for axes in row:
-            axes.imshow(image[..., 0], cmap="gray_r", extent=(0, 16, 16, 0))
             axes.axis("off")
+        for axes in (row[0], row[2]):
+            axes.imshow(image_YXC[..., 0], cmap="gray_r", extent=whole)
         row[0].set_title(f"a {label}")
-        map_YX, top = maps_YXC[..., label], np.abs(maps_YXC[..., label]).max()
-        look = {"cmap": "coolwarm", "vmin": -top, "vmax": top, "extent": (0, 16, 16, 0)}
-        row[1].imshow(map_YX, alpha=0.6, interpolation="bicubic", **look)
+        row[1].imshow(maps_YXC[..., label], interpolation="bicubic", extent=whole)
+        middles = np.arange(CONFIG.image) + 0.5
+        row[1].contour(middles, middles, image_YXC[..., 0], levels=[0], colors="white")
         row[1].set_title(f"what says {label}")
-        walk = gradcat.walk(CONFIG, params, image, int(label), sign=1)
+        walk = gradcat.walk(CONFIG, params, image_YXC, int(label), sign=1)
         for y, x, side in walk.squares[1:]:
             row[2].add_patch(Rectangle((x, y), side, side, fill=False, color="C3", lw=2))
         row[2].set_title("GradCAT " + " > ".join(map(str, walk.path)))
