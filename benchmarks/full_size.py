@@ -1,7 +1,7 @@
 """Every published configuration at its full size: what a training step needs, without a chip.
 
 One row a configuration: its parameters, the devices it was published with (or some that it fits,
-where those are not published: see "chosen"), the mesh and the strategy, how long planning takes,
+where those are not published: see "chosen"), the mesh and the strategy, CPU time of planning,
 how many findings it has, and what one device holds and sends in a step. Utilization is predicted,
 beside the published one where there is one; see `utilization_table.py` for how it is counted.
 
@@ -41,9 +41,9 @@ def row(run: Run) -> tuple[list[str], list[str]]:
         run.model, run.config, tuple(run.mesh), batch_size=run.batch, strategy=run.strategy,
         optimizer=run.optimizer,
     )  # fmt: skip
-    began = time.perf_counter()
+    began = time.process_time()
     plan = gspmd.plan(step.fn, *step.args, mesh=run.mesh, **step.options)
-    took = time.perf_counter() - began
+    took = time.process_time() - began
     report = plan.report(run.topology.partition(":")[0], run.topology)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step.args[0]["params"]))
     full = "" if report.fits else " (!)"

@@ -215,7 +215,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         ),
         "nest_gan": Recipe(
             gan_task, "digits", "data=8", "data", batch_size=64, steps=1000,
-            learning_rate=1e-3, b1=0.0,
+            learning_rate=1e-3, b1=0.0, falls=0.5,
         ),
     }
 )  # fmt: skip
