@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from gspmd.models import glam, transformer
+from gspmd.models import glam, nest, transformer, vmoe
 
 Counts = Literal["model", "hardware", "counted"]
 
@@ -20,6 +20,7 @@ class Run:
     """One run: `model` and `config` as `gspmd.models.catalog.step` takes them.
 
     `utilization` is a share of the peak, `seconds` those of a step; nan where not published.
+    `chosen` says what of the run is our choice, for want of a published one.
     `group` names the runs whose parallel layouts are compared with one another.
     """
 
@@ -31,11 +32,12 @@ class Run:
     mesh: Mapping[str, int]
     batch: int
     strategy: str
-    utilization: float
-    counts: Counts
+    utilization: float = float("nan")
+    counts: Counts = "model"
     seconds: float = float("nan")
     group: str = ""
     optimizer: str = "adafactor"
+    chosen: str = ""
 
 
 def runs() -> Iterator[Run]:
@@ -145,4 +147,90 @@ def maxtext() -> Iterator[Run]:
                 f"MaxText {name} on {slices} x 256", _MAXTEXT, topology, "transformer", config,
                 mesh, 256 * each * slices, "2d" if name == "128B" else "fsdp", share / 100,
                 "model", group=f"MaxText {name}", optimizer="adamw",
+            )  # fmt: skip
+
+
+# ------------------------------------------------------------------ sizes without a published speed
+
+
+def sizes() -> Iterator[Run]:
+    """Every other published configuration: on its published devices, or on some that it fits."""
+    yield from lingvo()
+    yield from glam_sizes()
+    yield from vmoe_sizes()
+    yield from nest_sizes()
+
+
+_LINGVO = "tensorflow/lingvo, tasks/lm/params/synthetic_packed_input.py"
+
+
+def lingvo() -> Iterator[Run]:
+    """Lingvo's dense language models; their meshes are published, their batches are not."""
+    for name, size, topology, (x, y), batch in (
+        ("DenseLm128B8x8", "137b", "tpu-v3:8x8", (8, 16), 32),
+        ("DenseLm1T16x16", "1t", "tpu-v3:16x16", (16, 32), 32),
+        ("DenseLm175B32x32", "175b", "tpu-v3:32x32", (64, 32), 512),
+    ):
+        yield Run(
+            name, _LINGVO, topology, "transformer", transformer.CONFIGS[size],
+            {"data": x, "model": y}, batch, "2d", chosen="batch",
+        )  # fmt: skip
+
+
+_GLAM = "arXiv 2112.06905, Table 4; 1M tokens a batch"
+
+
+def glam_sizes() -> Iterator[Run]:
+    """The table of the paper; only the largest model's devices are published, 1024 TPU v4."""
+    for size, topology, (x, y) in (
+        ("0.1B", "tpu-v4:4x4x4", (64, 1)),
+        ("0.1B_64E", "tpu-v4:4x4x4", (64, 1)),
+        ("1.7B", "tpu-v4:4x4x8", (64, 2)),
+        ("1.7B_32E", "tpu-v4:4x4x8", (32, 4)),
+        ("1.7B_64E", "tpu-v4:4x4x8", (64, 2)),
+        ("1.7B_128E", "tpu-v4:4x4x8", (128, 1)),
+        ("1.7B_256E", "tpu-v4:4x8x8", (256, 1)),
+        ("8B", "tpu-v4:4x8x8", (64, 4)),
+        ("8B_64E", "tpu-v4:4x8x8", (64, 4)),
+        ("137B", "tpu-v4:8x8x16", (64, 16)),
+        ("64B_64E", "tpu-v4:8x8x16", (64, 16)),
+    ):
+        experts = glam.CONFIGS[size].experts > 0
+        yield Run(
+            f"GLaM {size}", _GLAM, topology, "glam", glam.CONFIGS[size], {"data": x, "model": y},
+            1024, "expert_2d" if experts else "2d",
+            chosen="mesh" if size == "64B_64E" else "devices, mesh",
+        )  # fmt: skip
+
+
+_VMOE = "arXiv 2106.05974; google-research/vmoe: at most an expert a core"
+
+
+def vmoe_sizes() -> Iterator[Run]:
+    """The V-MoEs of the paper, on cores of TPU v3, an expert on each of 32."""
+    for size, config in vmoe.CONFIGS.items():
+        if size == "digits":
+            continue
+        large = size.startswith(("h14", "15b"))
+        sparse = config.sparse > 0
+        few = {"data": 128 // config.experts, "expert": config.experts}
+        many = {"data": 512 // config.experts, "expert": config.experts}
+        yield Run(
+            f"V-MoE {size}", _VMOE, "tpu-v3:16x16" if large else "tpu-v3:8x8", "vmoe",
+            dataclasses.replace(config, remat=True), many if large else few, 4096,
+            "expert_fsdp" if sparse and large else "expert" if sparse else "data",
+            chosen="devices, batch",
+        )  # fmt: skip
+
+
+_NEST = "arXiv 2105.12723; google-research/nested-transformer: batches of 1024, data parallel"
+
+
+def nest_sizes() -> Iterator[Run]:
+    """The NesTs of the paper, on cores of TPU v3."""
+    for size, config in nest.CONFIGS.items():
+        if size != "digits":
+            yield Run(
+                f"NesT {size}", _NEST, "tpu-v3:4x4", "nest", config, {"data": 32}, 1024, "data",
+                optimizer="adamw", chosen="devices, batch" if "cifar" in size else "devices",
             )  # fmt: skip

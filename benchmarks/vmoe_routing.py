@@ -1,9 +1,11 @@
-"""Which expert reads which digit, and what if experts have few places? A V-MoE that learns first.
+"""Which expert reads which digit, and what if experts have few places? A V-MoE learns, then tells.
 
-The picture, if one is asked for: how the tokens of each class spread over the experts, and how many
-digits are read right when experts have fewer places, taken in the order of tokens or by priority.
+The paper's figures, on the digits, after some minutes: how the class tokens of each digit spread
+over the experts of each sparse layer, and how many digits are read right when experts have fewer
+places (capacity), with one expert for each token or two, taken in the order of tokens or by Batch
+Priority Routing. The model is not trained again: only its router changes.
 
-    python examples/vmoe_routing.py [picture.png]
+    python benchmarks/vmoe_routing.py [picture.png]
 """
 
 import dataclasses
@@ -15,67 +17,89 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from gspmd.models import images, vmoe
-from gspmd.models.training import TrainConfig, train
+from gspmd.models.training import Record, TrainConfig, train
 
-CONFIG = dataclasses.replace(
-    vmoe.CONFIGS["digits"], image=8, patch=2, layers=2, sparse=1, model_dim=32, hidden_dim=64,
-    heads=2, router=dataclasses.replace(vmoe.CONFIGS["digits"].router, multiple=1),
-)  # fmt: skip
-STEPS, CAPACITIES = 250, (0.125, 0.25, 0.5, 1.0)
+CONFIG = vmoe.CONFIGS["digits"]
+SCHEDULE = TrainConfig(steps=600, learning_rate=3e-3, decay=580)
+CAPACITIES = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0)
+ORDERS = {"in order": False, "by priority": True}
 # Here compiling is the work, not running.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def learn(data: images.Images) -> vmoe.Params:
+    def tell(record: Record) -> None:
+        if record.step % 50 == 0:
+            print(f"step {record.step}/{SCHEDULE.steps}: loss {record.loss:.2f}", file=sys.stderr)
+
     return train(
-        TrainConfig(steps=STEPS, learning_rate=1e-2, decay=STEPS - 20),
+        SCHEDULE,
         functools.partial(vmoe.init, CONFIG),
         functools.partial(vmoe.loss, CONFIG),
-        lambda step: images.batch(data, seed=0, step=step, batch_size=64, shift=0),
-        compile_step=functools.partial(jit, donate_argnums=0),
+        lambda step: images.batch(data, seed=0, step=step, batch_size=128),
+        on_step=tell,
     )["params"]
 
 
 def shares(params: vmoe.Params, data: images.Images) -> np.ndarray:
-    """For each class, how its tokens spread over the experts of the last sparse layer."""
-    taken_BSE = jit(functools.partial(vmoe.taken, CONFIG))(params, data.held_out)[-1]
-    tokens_BE = np.sum(taken_BSE, axis=1)
-    counts = np.stack([tokens_BE[data.held_out_labels == c].sum(0) for c in range(10)])
-    return counts / counts.sum(-1, keepdims=True)
+    """For each sparse layer and class, how its class tokens spread over the experts."""
+    taken_LBSE = np.asarray(jit(functools.partial(vmoe.taken, CONFIG))(params, data.held_out))
+    token_LBE = taken_LBSE[:, :, 0]
+    of_class = [token_LBE[:, data.held_out_labels == c].sum(1) for c in range(CONFIG.classes)]
+    count_LCE = np.stack(of_class, axis=1)
+    return count_LCE / np.maximum(count_LCE.sum(-1, keepdims=True), 1)
 
 
-def read_right(params: vmoe.Params, data: images.Images, capacity: float, priority: bool) -> float:
-    changes = {"capacity_factor": capacity, "batch_priority": priority}
-    router = dataclasses.replace(CONFIG.router, **changes)
+def read_right(params: vmoe.Params, data: images.Images, **changes: object) -> float:
+    router = dataclasses.replace(CONFIG.router, multiple=1, **changes)
     apply = jit(functools.partial(vmoe.apply, CONFIG, params, router=router))
     return images.accuracy(apply, data.held_out, data.held_out_labels)
 
 
-def draw(path: str, share: np.ndarray, right: dict[str, list[float]]) -> None:
-    figure, (left, curves) = plt.subplots(1, 2, figsize=(10, 4), layout="tight")
-    shown = left.imshow(share, cmap="Blues")
-    left.set(xlabel="expert", ylabel="digit", yticks=range(10))
-    figure.colorbar(shown, label="share of the digit's tokens")
-    for name, values in right.items():
-        curves.plot(CAPACITIES, values, "o-", label=name)
-    curves.set(xlabel="capacity factor", ylabel="digits read right", xscale="log")
+def draw(path: str, share_LCE: np.ndarray, right: dict[str, list[float]]) -> None:
+    count = len(share_LCE)
+    widths = [*[3] * count, 5]
+    figure, (*maps, curves) = plt.subplots(
+        1, count + 1, figsize=(sum(widths), 3.6), width_ratios=widths, layout="constrained"
+    )
+    for i, (axes, share_CE) in enumerate(zip(maps, share_LCE, strict=True)):
+        axes.imshow(share_CE, cmap="Blues", vmin=0, vmax=share_LCE.max())
+        axes.set(title=f"sparse layer {i + 1}", xlabel="expert", ylabel="digit")
+        axes.set(xticks=range(CONFIG.experts), yticks=range(CONFIG.classes))
+    figure.colorbar(maps[0].images[0], ax=maps, label="share of class tokens")
+    for i, (name, values) in enumerate(right.items()):
+        line = "o-" if name.endswith("priority") else "s--"
+        curves.plot(CAPACITIES, values, line, label=name, color=f"C{i // 2}")
+    curves.set(xlabel="capacity factor", ylabel="digits read right")
+    curves.set_xscale("log", base=2)
     curves.set_xticks(CAPACITIES, [str(c) for c in CAPACITIES])
-    curves.legend()
+    curves.grid(alpha=0.3)
+    curves.legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def main(*path: str) -> None:
+    data = images.digits(CONFIG.image)
+    params = learn(data)
+    share_LCE = shares(params, data)
+    for digit, share_E in enumerate(share_LCE[-1]):
+        print(
+            f"{share_E.max():.0%} of the class tokens of a {digit} go to expert {share_E.argmax()}"
+        )
+    print(f"{'capacity factor':<20}" + "".join(f"{c:>8}" for c in CAPACITIES))
+    right: dict[str, list[float]] = {}
+    for k in (1, 2):
+        for order, priority in ORDERS.items():
+            name = f"k={k}, {order}"
+            right[name] = [
+                read_right(params, data, k=k, capacity_factor=c, batch_priority=priority)
+                for c in CAPACITIES
+            ]
+            print(f"{name:<20}" + "".join(f"{r:>8.1%}" for r in right[name]))
+    if path:
+        draw(path[0], share_LCE, right)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    data = images.digits(CONFIG.image)
-    params = learn(data)
-    share = shares(params, data)
-    for digit, of_digit in enumerate(share):
-        expert = of_digit.argmax()
-        print(f"{of_digit[expert]:.0%} of the tokens of a {digit} go to expert {expert}")
-    print(f"capacity factor  {'  '.join(f'{c:>6}' for c in CAPACITIES)}")
-    right = {}
-    for name, priority in (("in order", False), ("by priority", True)):
-        right[name] = [read_right(params, data, c, priority) for c in CAPACITIES]
-        print(f"{name:<16} {'  '.join(f'{r:>6.1%}' for r in right[name])}  read right")
-    if len(sys.argv) > 1:
-        draw(sys.argv[1], share, right)
+    main(*sys.argv[1:])

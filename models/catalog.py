@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from gspmd.errors import GspmdError, nearest
 from gspmd.models import training
 
-MODELS = ("transformer", "glam", "vmoe", "nest")
+MODELS = ("transformer", "glam", "vmoe", "nest", "nest_gan")
 
 
 class CatalogError(GspmdError, ValueError):

@@ -11,7 +11,11 @@ Parameter counts: the paper's table fits experts of two matrices and gated MLPs 
 digits it prints, total and active counts come out for 1.7B_64E, 1.7B_128E, 8B, 8B_64E and 137B,
 with a vocabulary of 32,000, and for 64B_64E with the 256,000 that the paper names. For 1.7B_32E the
 active count does; its total of 20B does not fit its row, 13.96B does. For 0.1B_64E the total does.
-1.7B_256E is 0.1 % off, 1.7B has 1.676B, and 0.1B has 138M where the paper has 130M.
+1.7B_256E is 0.1 % off, 1.7B has 1.676B, and 0.1B has 138M where the paper has 130M; neither these
+nor the active count of 0.1B_64E (152M, not 145M) can be matched.
+
+A batch whose tokens do not split into groups raises ModelError, a router without places
+RoutingError. Experts that an axis does not divide are padded, and route as on one device.
 """
 
 import dataclasses

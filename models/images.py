@@ -6,7 +6,7 @@ and the step: a run that is resumed sees what it would have seen.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -111,3 +111,25 @@ def accuracy(
         scores_BC = np.asarray(apply(np.concatenate([now, filler])))[: len(now)]
         right += int(np.sum(scores_BC.argmax(-1) == labels_B[start : start + batch_size]))
     return right / len(images_BYXC)
+
+
+_INK = " .:-=+*#%@"
+_COLUMNS = 16
+
+
+def drawn(images: Sequence[tuple[Pixels, str]], beside: int) -> str:
+    """Images, YXC in -1..1, in characters, `beside` to a row, each over its caption."""
+    rows = [images[i : i + beside] for i in range(0, len(images), beside)]
+    return "\n\n".join(_row(row) for row in rows)
+
+
+def _row(images: Sequence[tuple[Pixels, str]]) -> str:
+    columns = [[*_lines(pixels), caption.center(_COLUMNS)] for pixels, caption in images]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True)).rstrip()
+
+
+def _lines(image_YXC: Pixels) -> list[str]:
+    """Characters are about twice as high as wide: half as many rows as columns."""
+    down, across = (_interpolation(count, image_YXC.shape[0]) for count in (8, _COLUMNS))
+    light = (np.clip(down @ image_YXC.mean(-1) @ across.T, -1, 1) + 1) / 2
+    return ["".join(_INK[i] for i in row) for row in np.rint(light * (len(_INK) - 1)).astype(int)]

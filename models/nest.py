@@ -17,7 +17,8 @@ and 90.1M) fit neither that nor separate ones.
 The model is written for one device. What makes it parallel are the annotated kernels of
 `vision.Dense` and `vision.Convolution`, and two calls of `annotate` below. Where an axis splits the
 rows of the plane, the convolution and the pool of each aggregation fetch rows from the neighboring
-device, and attention inside blocks fetches none.
+device, and attention inside blocks fetches none. Rows that the axis does not divide are padded.
+Images of another size, and levels that do not fit together, raise ImageError.
 """
 
 import dataclasses
@@ -46,6 +47,7 @@ from gspmd.models.vision import (
     Patches,
     check_images,
     cross_entropy,
+    image_batch,
 )
 
 Params = dict[str, Any]
@@ -96,6 +98,11 @@ class Config:
                 f"image={self.image}: {levels} levels of {self.block} x {self.block} blocks of "
                 f"{self.patch} x {self.patch} patches make images of {side} x {side}; change one."
             )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, columns and channels of an image."""
+        return self.image, self.image, self.channels
 
     def blocks(self, level: int) -> int:
         """Blocks along each side of the plane of `level`."""
@@ -243,7 +250,7 @@ class NesT(nnx.Module):
     def check(self, image_BYXC: jax.Array) -> jax.Array:
         """What the first level reads; raises ImageError for images of another size."""
         config = self.config
-        check_images(image_BYXC, (config.image, config.image, config.channels))
+        check_images(image_BYXC, config.shape)
         return image_BYXC.astype(config.dtype)
 
     def classify(self, x_BYXM: jax.Array) -> jax.Array:
@@ -276,6 +283,11 @@ def init(config: Config, key: jax.Array) -> Params:
 def merge(config: Config, params: Params) -> NesT:
     """The model with these parameters, for what reads its levels one by one."""
     return nnx.merge(_structure(config), nnx.State(params))
+
+
+def batch_shapes(config: Config, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `batch_size` images and labels, as shapes."""
+    return image_batch(batch_size, config.shape)
 
 
 def apply(

@@ -27,7 +27,9 @@ from gspmd.models import nest
 from gspmd.models.nest import RULES, Blocks, rules_for
 from gspmd.models.vision import Convolution, Dense, ImageError, LayerNorm
 
-__all__ = ["CONFIGS", "RULES", "Config", "generate", "init", "loss", "rules_for"]
+__all__ = [
+    "CONFIGS", "RULES", "Config", "batch_shapes", "believe", "generate", "init", "loss", "rules_for"
+]  # fmt: skip
 
 Params = dict[str, Any]
 """`{"generator": ..., "discriminator": ...}`."""
@@ -48,14 +50,14 @@ class Config:
     generator: nest.Config
     discriminator: nest.Config
     latent: int = 64  # random numbers that an image is made of
-    penalty: float = 1.0  # times half the square of the slope
+    penalty: float = 0.1  # times half the square of the slope
 
     def __post_init__(self) -> None:
         made, read = self.generator, self.discriminator
-        if (made.image, made.channels) != (read.image, read.channels):
+        if made.shape != read.shape:
             raise ImageError(
-                f"the generator makes images of {made.image} x {made.image} x {made.channels}, but "
-                f"the discriminator reads {read.image} x {read.image} x {read.channels}."
+                f"the generator makes images of shape {made.shape}, but the discriminator reads "
+                f"{read.shape}: rows, columns and channels must be the same."
             )
         if read.classes != 1:
             raise ImageError(f"classes={read.classes}: the discriminator gives one score.")
@@ -152,6 +154,17 @@ def generate(config: Config, params: Params, random_BZ: jax.Array) -> jax.Array:
         )
     model: Generator = nnx.merge(_structure(config), nnx.State(params["generator"]))
     return model(random_BZ)
+
+
+def believe(config: Config, params: Params, images_BYXC: jax.Array) -> jax.Array:
+    """How likely each image is a real one to the discriminator, B, from 0 to 1."""
+    scores_B1 = nest.apply(config.discriminator, params["discriminator"], images_BYXC)
+    return jax.nn.sigmoid(scores_B1[:, 0])
+
+
+def batch_shapes(config: Config, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `batch_size` images, as shapes; their labels are not looked at."""
+    return nest.batch_shapes(config.discriminator, batch_size)
 
 
 def loss(config: Config, params: Params, batch: nest.Batch, key: jax.Array) -> jax.Array:

@@ -50,6 +50,7 @@ class TrainConfig:
     steps: int = 300
     seed: int = 0
     learning_rate: float = 1e-3
+    b1: float = 0.9  # of Adam: how much of the mean gradient is that before the step
     warmup: int = 20  # steps over which the learning rate rises
     decay: int = 0  # steps over which it falls to 0 at the end
     weight_decay: float = 0.01
@@ -60,18 +61,21 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What one step did. `step` counts from 1; the first one's `seconds` include compilation."""
+    """What one step did. `step` counts from 1; the first one's `seconds` include compilation.
+
+    `targets` is how many the loss is a mean over: tokens, or images.
+    """
 
     step: int
     loss: float
-    tokens: int
+    targets: int
     seconds: float
 
 
-def tokens_per_second(records: Sequence[Record]) -> float:
+def targets_per_second(records: Sequence[Record]) -> float:
     """The median over the steps, the first left out if there are others."""
     timed = records[1:] or records
-    return statistics.median(record.tokens / record.seconds for record in timed)
+    return statistics.median(record.targets / record.seconds for record in timed)
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -87,7 +91,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     if config.decay:
         fall = optax.linear_schedule(config.learning_rate, 0.0, config.decay)
         rate = optax.join_schedules([rate, fall], [config.steps - config.decay])
-    return optax.adamw(rate, b2=0.95, eps=1e-6, weight_decay=config.weight_decay)
+    return optax.adamw(rate, b1=config.b1, b2=0.95, eps=1e-6, weight_decay=config.weight_decay)
 
 
 def init_state(

@@ -9,6 +9,10 @@ name's suffix spells its dims:
 Architecture (GSPMD section 5.1, arXiv 2105.04663; LaMDA; Lingvo's `DenseLm128B8x8`): RMSNorm before
 each block, no bias vectors, GELU-gated MLP, a learned bias per bucket of relative positions as in
 T5, and the embedding used again as the output matrix. Lingvo's parameter counts come out exactly.
+GSPMD's mixture of 577B cannot be matched: its shape is not published, only that it is GShard's.
+
+Experts that an axis does not divide are padded. ModelError is raised for a batch whose tokens do
+not split into groups, an encoder without its source, and more tokens than positions were learned.
 
 The model is written for one device. What makes it parallel are nine calls of `annotate`, in this
 file and in those of its blocks, which name dims by their role; a table in `RULES` gives each role

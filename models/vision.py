@@ -147,6 +147,14 @@ class Patches(nnx.Module):
         return self.dense(pixel_BYXppC.reshape(B, Y // p, X // p, p * p * C))
 
 
+def image_batch(batch_size: int, shape: tuple[int, int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of images of `shape` and their labels, as shapes."""
+    return {
+        "inputs": jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32),
+        "targets": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    }
+
+
 def check_images(images_BYXC: jax.Array, shape: tuple[int, int, int]) -> None:
     """Raises ImageError unless these are images of `shape`: rows, columns, channels."""
     if images_BYXC.ndim != 4 or images_BYXC.shape[1:] != shape:

@@ -17,7 +17,10 @@ counts; so do the paper's table of dense and "every 2" models, and those of its 
 that the table prints. Of JFT's classes there are 18,291, of JFT-3B's 29,593.
 
 The model is written for one device. What makes it parallel are the annotated kernels of
-`vision.Dense`, which those of the experts are, too, and one call of `annotate` below.
+`vision.Dense`, which those of the experts are, too, and one call of `annotate` below. Experts that
+an axis does not divide are padded: five on four devices take the tokens that they would on one.
+Images of another size, and a batch that does not split into groups, raise ImageError; a router
+without places, or with more choices than experts, raises RoutingError.
 """
 
 import dataclasses
@@ -46,6 +49,7 @@ from gspmd.models.vision import (
     LayerNorm,
     Patches,
     check_images,
+    image_batch,
     sigmoid_cross_entropy,
 )
 
@@ -95,6 +99,11 @@ class Config:
                 f"sparse={self.sparse} of {self.layers} layers: every other layer at most has "
                 f"experts; take {self.layers // 2} or fewer."
             )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, columns and channels of an image."""
+        return self.image, self.image, self.channels
 
     @property
     def tokens(self) -> int:
@@ -248,7 +257,7 @@ class VMoE(nnx.Module):
     ) -> tuple[jax.Array, T | None]:
         """Class scores BC in float32, and what `see` returns for each sparse layer, stacked."""
         config = self.config
-        check_images(image_BYXC, (config.image, config.image, config.channels))
+        check_images(image_BYXC, config.shape)
         patch_BYXM = self.patches(image_BYXC.astype(config.dtype))
         B, *_, M = patch_BYXM.shape
         token_B1M = jnp.broadcast_to(self.token[...].astype(config.dtype), (B, 1, M))
@@ -306,6 +315,11 @@ def _stack(make: Callable[..., T], config: Config, rngs: nnx.Rngs, count: int) -
 def init(config: Config, key: jax.Array) -> Params:
     """Fresh parameters as nested dicts of arrays; `jax.eval_shape` of it allocates nothing."""
     return nnx.to_pure_dict(nnx.state(VMoE(config, nnx.Rngs(key))))
+
+
+def batch_shapes(config: Config, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `batch_size` images and labels, as shapes."""
+    return image_batch(batch_size, config.shape)
 
 
 def apply(

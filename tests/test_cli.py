@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,13 @@ def gathers():
         return jnp.linalg.eigvalsh(x)
 
     return roots, (of(8, 8),), {"in_specs": P("data")}
+
+
+def many():
+    def sums(*xs):
+        return [x.sum(0) for x in xs]
+
+    return sums, (of(8, 4),) * 9, {"in_specs": (P("x"),) * 9, "out_specs": P()}
 
 
 def needs(size, kind=None, *rest, **options):
@@ -159,6 +167,15 @@ def test_plan_sums_up_what_is_sent(gspmd: Callable[..., Any]) -> None:
     assert f"dot_general (prog.py:{PRODUCT})" in done.stdout
     assert done.stderr == "a file may print\n"
     assert not any(line.endswith(" ") for line in done.stdout.splitlines())
+
+
+def test_of_a_long_reason_a_summary_has_the_first_lines(gspmd: Callable[..., Any]) -> None:
+    """One all_reduce that was combined of many has a reason for each."""
+    done = gspmd("plan", "prog.py:many", "--mesh", "x=2")
+    (left,) = re.findall(r"    \.\.\. (\d+) more lines: plan\.why\(1\)", done.stdout)
+    whole = gspmd("explain", "prog.py:many", "1", "--mesh", "x=2").stdout
+    assert len(whole.splitlines()) == 1 + 8 + int(left)
+    assert done.stdout.count("a sum over x is owed") < whole.count("a sum over x is owed") == 9
 
 
 def test_plan_prints_the_program(gspmd: Callable[..., Any]) -> None:

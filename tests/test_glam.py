@@ -268,9 +268,10 @@ def test_a_step_on_devices_is_that_of_one():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("strategy", [name for name in RULES if name != "expert_2d"])
-def test_a_step_of_each_strategy_on_devices_is_that_of_one(strategy: str):
-    equals(strategy, "data=4,model=2", on="devices")
+@pytest.mark.parametrize("mesh", ["data=4,model=2", "data=3,model=2", "data=2,expert=4,model=1"])
+@pytest.mark.parametrize("strategy", RULES)
+def test_a_step_of_each_strategy_on_devices_is_that_of_one(strategy: str, mesh: str):
+    equals(strategy, mesh, on="devices")
 
 
 @pytest.mark.exhaustive

@@ -224,5 +224,5 @@ def test_resuming_another_model_names_the_parameter_and_both_shapes(config):
 
 def test_throughput_leaves_compilation_out():
     records = [Record(1, 0.0, 100, 50.0), Record(2, 0.0, 100, 0.5), Record(3, 0.0, 100, 0.5)]
-    assert training.tokens_per_second(records) == 200
-    assert training.tokens_per_second(records[:1]) == 2
+    assert training.targets_per_second(records) == 200
+    assert training.targets_per_second(records[:1]) == 2

@@ -551,8 +551,9 @@ def test_a_partitioned_step_is_that_of_one_device(variant: str, strategy: str, m
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=3,model=2", "data=4,model=1"])
 @pytest.mark.parametrize(
     ("variant", "strategy"), [(variant, s) for variant in VARIANTS for s in SPLIT[variant]]
 )
-def test_a_step_on_devices_is_that_of_one(variant: str, strategy: str):
-    equals(variant, strategy, "data=2,model=4", on="devices")
+def test_a_step_on_devices_is_that_of_one(variant: str, strategy: str, mesh: str):
+    equals(variant, strategy, mesh, on="devices")

@@ -49,15 +49,15 @@ def _star(bits: int) -> str:
     return "*" if bits else " "
 
 
-def save_curve(path: Path, points: Points) -> None:
-    """Draws the loss by step as an image; the format follows the name of `path`."""
+def save_curve(path: Path, points: Points, unit: str) -> None:
+    """Draws the loss, a mean over `unit`s, by step; the format follows the name of `path`."""
     from matplotlib.figure import Figure  # the extra `plot`; pyplot would keep global state
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(*zip(*points, strict=True))
-    axes.set(xlabel="step", ylabel="loss (nats per byte)")
+    axes.set(xlabel="step", ylabel=f"loss (nats per {unit})")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

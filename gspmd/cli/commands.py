@@ -231,14 +231,22 @@ def sweep(
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(help="The model: transformer.")],
-    mesh: Annotated[str, typer.Option("--mesh", metavar="AXES", help="Such as data=2,model=4.")],
-    config: Annotated[str, typer.Option(help="The model's size: tiny, small, ...")] = "tiny",
-    strategy: Annotated[str, typer.Option(help="What splits what: data, fsdp, tensor, 2d.")] = "2d",
-    steps: Annotated[int, typer.Option(min=1)] = 200,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences in a step.")] = 16,
-    seq: Annotated[int | None, typer.Option(min=1, help="Bytes in a sequence.")] = None,
-    dropout: Annotated[float | None, typer.Option(min=0.0, max=0.99)] = None,
+    model: Annotated[str, typer.Argument(help="transformer, glam, vmoe, nest or nest_gan.")],
+    mesh: Annotated[
+        str | None, typer.Option("--mesh", metavar="AXES", help="Such as data=2,model=4.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="The model's size: tiny, digits, ...")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="What splits what: data, fsdp, tensor, 2d, expert, ...")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences, or images, in a step.")
+    ] = None,
+    seq: Annotated[int | None, typer.Option(min=1, help="For text: bytes in a sequence.")] = None,
+    dropout: Annotated[
+        float | None, typer.Option(min=0.0, max=0.99, help="For text: share of what is dropped.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Save the state here, now and then.")
@@ -250,13 +258,16 @@ def train(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw the loss curve here as well.")
     ] = None,
-    sample: Annotated[int, typer.Option(min=0, help="Bytes of text to write at the end.")] = 200,
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="Bytes to write, or images to show, at the end.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train a reference model, partitioned over a mesh.
 
-    The text is the source files of Python's standard library. Where this machine has too few
+    Text is the source files of Python's standard library, images are the handwritten digits of
+    scikit-learn. What is not given follows from the model. Where this machine has too few
     accelerators for the mesh, CPU devices stand in for them. Several processes, started by gspmd
     launch, train together.
     """
@@ -267,11 +278,10 @@ def train(
         made = job.make_job(
             model,
             config=config,
-            seq=seq,
-            dropout=dropout,
             mesh=mesh,
             strategy=strategy,
             batch_size=batch,
+            sizes={k: v for k, v in (("seq", seq), ("dropout", dropout)) if v is not None},
             steps=steps,
             seed=seed,
             checkpoints=checkpoint,

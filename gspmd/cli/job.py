@@ -1,4 +1,4 @@
-"""A training job: a reference model, a text, a mesh, and the loop that joins them."""
+"""A training job: a reference model, what it learns, a mesh, and the loop that joins them."""
 
 import contextlib
 import dataclasses
@@ -7,21 +7,21 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gspmd.errors import GspmdError, nearest
-from gspmd.models import text, training, transformer
+from gspmd.errors import GspmdError
+from gspmd.models import catalog, tasks, training
+from gspmd.models.strategies import Axis
+from gspmd.models.tasks import Task
 from gspmd.plan import Plan
 from gspmd.planner import plan
 from gspmd.sharding import Mesh
 from gspmd.specs import read_mesh
-
-MODELS: Mapping[str, ModuleType] = MappingProxyType({"transformer": transformer})
 
 MOST_DEVICES = 1024  # CPU devices start in a second, four times as many in seven
 # What Linux shows of a TPU or a GPU.
@@ -34,23 +34,24 @@ class JobError(GspmdError, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is trained, and on which devices. The same job gives the same losses, on any mesh."""
+    """What is learned, and on which devices. The same job gives the same losses, on any mesh."""
 
-    config: transformer.Config
+    task: Task
     schedule: training.TrainConfig
-    batch_size: int
-    rules: Mapping[str, str | tuple[str, ...] | None]
+    rules: Mapping[str, Axis]
     devices: jax.sharding.Mesh
 
     @functools.cached_property
     def plan(self) -> Plan:
         """The plan of one training step on the mesh."""
         optimizer = training.make_optimizer(self.schedule)
-        fresh = functools.partial(training.init_state, self._init, optimizer, self.schedule.seed)
+        fresh = functools.partial(
+            training.init_state, self.task.init, optimizer, self.schedule.seed
+        )
         return plan(
-            training.make_step(self._loss, optimizer, self.schedule.seed),
+            training.make_step(self.task.loss, optimizer, self.schedule.seed),
             jax.eval_shape(fresh),
-            self._batch(0),
+            self.task.batch(0),
             mesh=self.devices,
             rules=self.rules,
             donate_argnums=0,
@@ -73,104 +74,79 @@ class Job:
     ) -> training.State:
         return training.train(
             self.schedule,
-            self._init,
-            self._loss,
-            self._batch,
+            self.task.init,
+            self.task.loss,
+            self.task.batch,
             on_step=on_step,
             resume=resume,
             **how,
         )
 
-    def sample(self, state: training.State, prompt: str, length: int) -> str:
-        """`prompt` and `length` bytes that the trained model puts after it."""
-        tokens = transformer.generate(
-            self.config,
-            training.to_host(state["params"]),
-            text.encode(prompt),
-            length,
-            jax.random.key(self.schedule.seed),
-            temperature=0.7,
-        )
-        return text.decode(tokens)
-
     def _check_alike(self) -> None:
-        """Raises if processes would not run the same program on the same text: they would hang."""
+        """Raises if processes would not run the same program on the same data: they would hang."""
         if jax.process_count() == 1:
             return
         found = hashlib.sha256(f"{self.plan}".encode())
-        found.update(self._text.train.tobytes())
+        found.update(self.task.data.tobytes())
         mine = np.frombuffer(found.digest(), np.uint32)
         for number, other in enumerate(multihost_utils.process_allgather(mine)):
             if not np.array_equal(mine, other):
                 raise JobError(
-                    f"process {jax.process_index()} has another plan, or another text, than "
+                    f"process {jax.process_index()} has another plan, or other data, than "
                     f"process {number}; give all the same Python, jax, gspmd and command."
                 )
-
-    @property
-    def _init(self) -> Callable[[jax.Array], transformer.Params]:
-        return functools.partial(transformer.init, self.config)
-
-    @property
-    def _loss(self) -> training.Loss:
-        return functools.partial(transformer.loss, self.config)
-
-    @functools.cached_property
-    def _text(self) -> text.Text:
-        return text.standard_library()
-
-    def _batch(self, step: int) -> Mapping[str, Any]:
-        return text.batch(
-            self._text.train,
-            seed=self.schedule.seed,
-            step=step,
-            batch_size=self.batch_size,
-            seq=self.config.seq,
-        )
 
 
 def make_job(
     model: str,
     *,
-    config: str,
-    mesh: str,
-    strategy: str,
-    batch_size: int,
-    seq: int | None = None,
-    dropout: float | None = None,
+    config: str | None = None,
+    mesh: str | None = None,
+    strategy: str | None = None,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    sizes: Mapping[str, Any] = MappingProxyType({}),
     **schedule: Any,
 ) -> Job:
     """The job of training `model` in size `config`, its dims split as `strategy` says.
 
+    What is not given is the model's recipe's. `sizes` replace fields of the configuration,
     `schedule` are fields of `TrainConfig`. Sets up jax's devices: see `devices_for`.
 
     Raises:
-      JobError: no such model or configuration, or too few devices.
-      GspmdError: a malformed mesh, an unknown strategy.
+      JobError: too few devices, or a size that the model does not have.
+      GspmdError: no such model or configuration, a malformed mesh, an unknown strategy, or a
+        configuration that cannot learn from the data at hand.
     """
-    if model not in MODELS:
-        raise JobError(f"{model!r} is not a model{nearest(model, MODELS)} {_choice(MODELS)}")
-    known = MODELS[model].CONFIGS
-    if config not in known:
-        raise JobError(
-            f"{config!r} is not a configuration of {model}{nearest(config, known)} {_choice(known)}"
-        )
-    changes = {"seq": seq, "dropout": dropout}
-    sizes = dataclasses.replace(
-        known[config], **{key: value for key, value in changes.items() if value is not None}
-    )
-    logical, _ = read_mesh(mesh)
+    recipe = tasks.recipe(model)
+    chosen = _resized(model, catalog.config(model, config or recipe.config), sizes)
+    logical, _ = read_mesh(mesh or recipe.mesh)
+    rules = catalog.model(model).rules_for(strategy or recipe.strategy, logical.names)
+    count = steps or recipe.steps
+    # The devices are there before jax is first used: a task may do so.
+    devices = devices_for(logical)
     return Job(
-        sizes,
-        training.TrainConfig(**schedule),
-        batch_size,
-        MODELS[model].rules_for(strategy, logical.names),
-        devices_for(logical),
+        recipe.make(model, chosen, seed, batch_size or recipe.batch_size),
+        training.TrainConfig(
+            steps=count,
+            seed=seed,
+            learning_rate=recipe.learning_rate,
+            b1=recipe.b1,
+            decay=round(recipe.falls * count),
+            **schedule,
+        ),
+        rules,
+        devices,
     )
 
 
-def _choice(known: Mapping[str, Any]) -> str:
-    return f"There is {', '.join(known)}."
+def _resized(model: str, config: Any, sizes: Mapping[str, Any]) -> Any:
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in sizes:
+        if name not in known:
+            raise JobError(f"--{name}: the configurations of {model} have no {name}; leave it out.")
+    return dataclasses.replace(config, **sizes)
 
 
 def devices_for(mesh: Mesh) -> jax.sharding.Mesh:

@@ -16,6 +16,7 @@ from gspmd.plan import Collective, Plan
 from gspmd.sharding import show_axes
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+MOST_LINES = 8  # of why a collective is there: one that was combined of many has a hundred
 HEAD = "bold"
 FAINT = "dim"
 
@@ -92,7 +93,10 @@ def _cause(c: Collective) -> RenderableType:
         f"{c.kind} over {show_axes(c.axes)}, {times}{show_bytes(c.wire_bytes)}{loop}",
         ("  at the boundary" if c.phase == "boundary" else f"  {c.phase}, {c.source}", FAINT),
     )
-    return Group(head, Padding(Text(textwrap.dedent(c.why)), (0, 0, 0, 4), expand=False))
+    lines = textwrap.dedent(c.why).splitlines()
+    if (left := len(lines) - MOST_LINES) > 0:
+        lines[MOST_LINES:] = [f"... {left} more lines: plan.why({c.number})"]
+    return Group(head, Padding(Text("\n".join(lines)), (0, 0, 0, 4), expand=False))
 
 
 def _findings(plan: Plan) -> list[RenderableType]:

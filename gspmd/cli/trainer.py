@@ -29,16 +29,22 @@ from gspmd.cli.terminal import (
     silent,
 )
 from gspmd.models import blocks, layers, transformer
-from gspmd.models.training import Record, State, check_checkpoints, tokens_per_second
+from gspmd.models.tasks import PROMPT
+from gspmd.models.training import (
+    Record,
+    State,
+    check_checkpoints,
+    targets_per_second,
+    to_host,
+)
 
-PROMPT = "def "
 # Sums of float32 in another order differ in their last bit. Training amplifies that: two runs of
 # plain jax.jit whose parameters start one last bit apart are 1e-4 apart after some 100 steps.
 COMPARED, SAME_LOSS = 60, 1e-4  # steps, relative
 
 
-def train(job: Job, *, resume: bool, plot: Path | None, sample: int, as_json: bool) -> None:
-    """Trains, prints what happened, and `sample` bytes that the model writes.
+def train(job: Job, *, resume: bool, plot: Path | None, sample: int | None, as_json: bool) -> None:
+    """Trains, prints what happened, how good the model is, and `sample` of what it can do.
 
     Of several processes, which all do and would say the same, the first one speaks.
     """
@@ -57,7 +63,7 @@ def _one_voice(job: Job) -> Generator[None]:
         yield
 
 
-def _train(job: Job, resume: bool, plot: Path | None, sample: int, as_json: bool) -> None:
+def _train(job: Job, resume: bool, plot: Path | None, sample: int | None, as_json: bool) -> None:
     if resume and job.schedule.checkpoints is None:
         raise JobError("--resume needs --checkpoint DIR, the folder to go on from.")
     check_checkpoints(job.schedule, resume)
@@ -68,12 +74,17 @@ def _train(job: Job, resume: bool, plot: Path | None, sample: int, as_json: bool
         say("")
     records, state = _run(job, resume)
     if plot is not None and records and jax.process_index() == 0:
-        save_curve(plot, _points(records))
-    text = job.sample(state, PROMPT, sample) if sample else ""
+        save_curve(plot, _points(records), job.task.unit)
+    params = to_host(state["params"])
+    scores = job.task.judge(params)
+    count = job.task.shown if sample is None else sample
+    text = job.task.show(params, count) if count else ""
     if as_json:
-        say_json({"plan": plan_json(job.plan), **_json(records), "sample": text})
+        found = {**_json(records), "held_out": dict(scores), "sample": text}
+        say_json({"plan": plan_json(job.plan), **found})
         return
-    say(_outcome(records))
+    say(_outcome(records, job.task.unit))
+    say(Text(f"held out: {', '.join(f'{name} {score:.3f}' for name, score in scores.items())}"))
     if text:
         say(Text(f"\n{printable(text)}"))
 
@@ -81,14 +92,7 @@ def _train(job: Job, resume: bool, plot: Path | None, sample: int, as_json: bool
 def demo(steps: int) -> None:
     """Shows the main job: annotations, the plan they lead to, training, the same losses."""
     jax.config.update("jax_platforms", "cpu")  # the same show on every machine
-    job = make_job(
-        "transformer",
-        config="tiny",
-        mesh="data=2,model=4",
-        strategy="2d",
-        batch_size=16,
-        steps=steps,
-    )
+    job = make_job("transformer", config="tiny", mesh="data=2,model=4", strategy="2d", steps=steps)
     _title("A Transformer, written for one device. These lines say what may be split:")
     for module in (transformer, layers, blocks):
         say(_annotations(Path(inspect.getfile(module))))
@@ -96,7 +100,7 @@ def demo(steps: int) -> None:
     say(summary(job.plan))
     _title(f"{steps} steps on the source code of Python's standard library, on 8 CPU devices:")
     records, state = _run(job)
-    say(_outcome(records))
+    say(_outcome(records, job.task.unit))
     alone: list[Record] = []
     job.train_alone(alone.append, steps=min(steps, COMPARED))
     pairs = zip(alone, records, strict=False)
@@ -104,7 +108,7 @@ def demo(steps: int) -> None:
     _title(f"The first {len(alone)} steps again, on one device with jax.jit, unpartitioned:")
     say(f"losses differ by {worst:.1e} at most, relatively")
     _title(f"What it writes after {PROMPT!r}, {steps} steps old:")
-    say(Text(printable(job.sample(state, PROMPT, 160))))
+    say(Text(printable(job.task.show(to_host(state["params"]), 160))))
     if not worst <= SAME_LOSS:
         complain(f"losses may differ by {SAME_LOSS:.0e} at most, and differ by {worst:.1e}.")
         raise Exit(LIMIT_BROKEN)
@@ -113,7 +117,7 @@ def demo(steps: int) -> None:
 def _run(job: Job, resume: bool = False) -> tuple[list[Record], State]:
     """What each step did, and the last state; progress goes to stderr."""
     records: list[Record] = []
-    with _watching(console(sys.stderr), job.schedule.steps) as show:
+    with _watching(console(sys.stderr), job) as show:
 
         def on_step(record: Record) -> None:
             records.append(record)
@@ -138,10 +142,11 @@ def _how_to_resume(job: Job, records: Sequence[Record]) -> str:
 
 
 @contextlib.contextmanager
-def _watching(out: Console, steps: int) -> Generator[Callable[[Sequence[Record]], None]]:
+def _watching(out: Console, job: Job) -> Generator[Callable[[Sequence[Record]], None]]:
     """What to call with the records so far: a bar on a terminal, else a line now and then."""
+    steps, unit = job.schedule.steps, job.task.unit
     if not out.is_terminal:
-        yield lambda records: _report(out, records, steps)
+        yield lambda records: _report(out, records, steps, unit)
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -152,32 +157,32 @@ def _watching(out: Console, steps: int) -> Generator[Callable[[Sequence[Record]]
 
         def show(records: Sequence[Record]) -> None:
             done = records[-1].step
-            bar.update(task, completed=done, description="training", told=_told(records))
+            bar.update(task, completed=done, description="training", told=_told(records, unit))
 
         yield show
 
 
-def _report(out: Console, records: Sequence[Record], steps: int) -> None:
+def _report(out: Console, records: Sequence[Record], steps: int, unit: str) -> None:
     step = records[-1].step
     if len(records) == 1 or step == steps or step % max(steps // 10, 1) == 0:
-        out.print(f"step {step}/{steps}  {_told(records)}")
+        out.print(f"step {step}/{steps}  {_told(records, unit)}")
 
 
-def _told(records: Sequence[Record]) -> str:
+def _told(records: Sequence[Record], unit: str) -> str:
     last = records[-1]
     if len(records) == 1:  # its time is that of compilation
         return f"loss {last.loss:.3f}"
-    return f"loss {last.loss:.3f}  {last.tokens / last.seconds:,.0f} tokens/s"
+    return f"loss {last.loss:.3f}  {last.targets / last.seconds:,.0f} {unit}s/s"
 
 
-def _outcome(records: Sequence[Record]) -> RenderableType:
+def _outcome(records: Sequence[Record], unit: str) -> RenderableType:
     """The loss curve, and a line that sums it up."""
     if not records:
         return Text("no step was left to do")
     first, last = records[0], records[-1]
     told = (
         f"loss {first.loss:.3f} at step {first.step}, {last.loss:.3f} at step {last.step}; "
-        f"{tokens_per_second(records):,.0f} tokens per second"
+        f"{targets_per_second(records):,.0f} {unit}s per second"
     )
     plain = console(sys.stdout).options.ascii_only
     return Group(Text(curve(_points(records), plain=plain)), Text(), Text(told))
@@ -187,7 +192,7 @@ def _json(records: Sequence[Record]) -> dict[str, Any]:
     return {
         "first_step": records[0].step if records else None,
         "losses": [record.loss for record in records],
-        "tokens_per_second": tokens_per_second(records) if records else None,
+        "targets_per_second": targets_per_second(records) if records else None,
     }
 
 
