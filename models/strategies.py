@@ -4,6 +4,7 @@ A model annotates roles ("batch", "mlp"). A strategy is a table from roles to "d
 "expert", written beside the model; `rules_for` fits it to the axes that a mesh has.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -18,7 +19,8 @@ Rules = Mapping[str, Axis]
 def table(roles: Sequence[str], **axes: Axis) -> Rules:
     """A table of `roles`, whole where `axes` does not name them.
 
-    A role with a prefix, such as "encoder_mlp", is split as the one without, if it is not named.
+    A role with a prefix, such as "encoder_mlp", is split as the one without, if it is not named;
+    "stage" by an axis of that name.
 
     Raises:
       SpecError: no such role.
@@ -26,7 +28,8 @@ def table(roles: Sequence[str], **axes: Axis) -> Rules:
     if unknown := [role for role in axes if role not in roles]:
         raise SpecError(f"no role {unknown[0]!r}{nearest(unknown[0], roles)}")
     plain = {role: axes.get(role.partition("_")[2]) for role in roles}
-    return MappingProxyType({**plain, **axes})
+    stage = {"stage": "stage"} if "stage" in roles else {}
+    return MappingProxyType({**plain, **stage, **axes})
 
 
 def rules_for(
@@ -35,7 +38,8 @@ def rules_for(
     """The table `tables[strategy]` for a mesh with these axes, outermost first.
 
     * Axes that the mesh lacks are dropped; "expert" is read as "data" where the mesh lacks it.
-    * Every axis other than `model` splits what "data" splits of a role that ends in "batch".
+    * Every axis other than `model` splits what "data" splits of a role that ends in "batch"; that
+      of the stages of a pipeline only what is outside of it, "outer_batch".
     * Weights are split by `data` and `expert`; or by an axis `fsdp`, where the mesh has one, in
       place of `data`, which then holds copies of them.
     * What splits "expert" splits no other dim of an expert: of the roles that begin with "expert_".
@@ -47,13 +51,15 @@ def rules_for(
         raise SpecError(f"no strategy {strategy!r}: choose one of {', '.join(tables)}.")
     rules = tables[strategy]
     weights = ("fsdp" if "fsdp" in mesh_axes else "data", "expert")
+    stage = _axes(rules.get("stage"))
 
     def fit(role: str) -> tuple[str, ...]:
-        axis = rules.get(role)
         found: list[str] = []
-        for name in (axis,) if isinstance(axis, str) else axis or ():
+        for name in _axes(rules.get(role)):
             if role.endswith("batch") and name == "data":
-                found += [a for a in mesh_axes if a != "model"]
+                found += [a for a in mesh_axes if a not in ("model", *stage)]
+                # Last, so that the stages' devices share what each split of the layers' batch has.
+                found += stage if role == "outer_batch" else ()
             elif name == "expert" and name not in mesh_axes:
                 found.append("data")
             else:
@@ -69,3 +75,12 @@ def rules_for(
         single = len(axes) == 1 and not role.endswith("batch")
         fitted[role] = axes[0] if single else axes or None
     return fitted
+
+
+def stages_of(rules: Rules, mesh: Mapping[str, int]) -> int:
+    """Into how many stages a table puts the layers, on a mesh of these axes and sizes; 1: none."""
+    return math.prod(mesh[axis] for axis in _axes(rules.get("stage")))
+
+
+def _axes(axis: Axis) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else axis or ()
