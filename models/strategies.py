@@ -4,11 +4,16 @@ A model annotates roles ("batch", "mlp"). A strategy is a table from roles to "d
 "expert", written beside the model; `rules_for` fits it to the axes that a mesh has.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import TypeVar
 
 from gspmd.errors import SpecError, nearest
+from gspmd.models.blocks import Sizes
+
+S = TypeVar("S", bound=Sizes)
 
 Axis = str | tuple[str, ...] | None
 
@@ -77,9 +82,29 @@ def rules_for(
     return fitted
 
 
-def stages_of(rules: Rules, mesh: Mapping[str, int]) -> int:
-    """Into how many stages a table puts the layers, on a mesh of these axes and sizes; 1: none."""
-    return math.prod(mesh[axis] for axis in _axes(rules.get("stage")))
+def pipelined(
+    sizes: S,
+    rules: Rules,
+    mesh: Mapping[str, int],
+    batch_size: int,
+    microbatches: int | None = None,
+) -> S:
+    """`sizes` with the stages into which a table puts the layers on a mesh of these axes and sizes.
+
+    If `microbatches` does not say it, nor `sizes`, there are four for each stage; or fewer, so that
+    each has as many of the batch's examples on all devices.
+    """
+    stages = _size(rules.get("stage"), mesh)
+    if stages == 1:
+        return sizes
+    split = max(_size(rules.get(role), mesh) for role in ("batch", "encoder_batch"))
+    most = (n for n in range(4 * stages, 1, -1) if batch_size % (n * split) == 0)
+    count = microbatches or sizes.microbatches or next(most, min(stages, batch_size))
+    return dataclasses.replace(sizes, stages=stages, microbatches=count)
+
+
+def _size(axis: Axis, mesh: Mapping[str, int]) -> int:
+    return math.prod(mesh[name] for name in _axes(axis))
 
 
 def _axes(axis: Axis) -> tuple[str, ...]:

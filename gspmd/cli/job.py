@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gspmd.errors import GspmdError, nearest
-from gspmd.models import text, training, transformer
+from gspmd.models import strategies, text, training, transformer
 from gspmd.plan import Plan
 from gspmd.planner import plan
 from gspmd.sharding import Mesh
@@ -138,6 +138,7 @@ def make_job(
     batch_size: int,
     seq: int | None = None,
     dropout: float | None = None,
+    microbatches: int | None = None,
     **schedule: Any,
 ) -> Job:
     """The job of training `model` in size `config`, its dims split as `strategy` says.
@@ -160,11 +161,12 @@ def make_job(
         known[config], **{key: value for key, value in changes.items() if value is not None}
     )
     logical, _ = read_mesh(mesh)
+    rules = MODELS[model].rules_for(strategy, logical.names)
     return Job(
-        sizes,
+        strategies.pipelined(sizes, rules, dict(logical.axes), batch_size, microbatches),
         training.TrainConfig(**schedule),
         batch_size,
-        MODELS[model].rules_for(strategy, logical.names),
+        rules,
         devices_for(logical),
     )
 
