@@ -183,8 +183,8 @@ def run_layers(
 ) -> Done:
     """What the stacked `layers` leave: by one loop, or by a copy of its body for each of them.
 
-    Losses are added up; keys and values are stacked along L, where they are to be kept. Where they
-    are not, and the sizes say so, the layers are a pipeline.
+    Losses are added up; keys and values are stacked along L, where they are to be kept. Where the
+    sizes say so they are a pipeline instead, though not in decoding.
     """
     if sizes.stages > 1 and cache is None and not keep:
         return _piped(sizes, layers, x_BSM, scene, key)

@@ -204,7 +204,7 @@ def sweep(
     ] = 1.0,
     optimizer: Optimizer = "adafactor",
     microbatches: Microbatches = None,
-    effort: Annotated[int, typer.Option(min=0, max=2, help="As in gspmd.plan.")] = 0,
+    effort: Annotated[int, typer.Option(min=0, max=2, help="As in gspmd.plan.")] = 1,
     processes: Annotated[int, typer.Option(min=1, help="Plans that are made at once.")] = 2,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw time and utilization here.")

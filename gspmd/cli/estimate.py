@@ -48,6 +48,7 @@ class Row:
     step: float = math.nan
     mfu: float = math.nan
     hfu: float = math.nan
+    bubble: float = 0.0  # seconds in which stages of a pipeline have nothing to work on
     failure: str = ""
 
     @property
@@ -159,6 +160,7 @@ def estimate(request: Request, topology: Topology, mesh: str) -> Row:
         made.seconds.step,
         made.mfu,
         made.hfu,
+        sum(row.bubble for row in made.pipelines),
     )
 
 
