@@ -170,8 +170,8 @@ def pipelines(program: Program) -> tuple[Pipeline, ...]:
     for op, _ in program.walk():
         name = str(op.params.get("name", "")) if op.name == "name" else ""
         if name.startswith(PIPELINE):
-            numbers = map(int, name.removeprefix(PIPELINE).split())
-            found[name, str(op.source)] = Pipeline(*numbers, op.source)
+            stages, micro, ticks, busy = map(int, name.removeprefix(PIPELINE).split())
+            found[name, str(op.source)] = Pipeline(stages, micro, ticks, busy, op.source)
     return tuple(found.values())
 
 

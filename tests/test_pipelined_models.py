@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -127,7 +127,7 @@ def test_a_table_turns_the_pipeline_off() -> None:
     loop = next(op for op in on.program.ops if op.name == "scan" and op.params["length"] == 5)
     stacked = loop.outs[loop.params["num_carry"] :]
     kept = [x.shape for x in stacked if jnp.issubdtype(x.dtype, jnp.floating)]
-    assert kept == [(5, 1, 2, ROWS // 4 // 2, 8, 16)]
+    assert kept == [(5, 2, 1, ROWS // 4 // 2, 8, 16)]
 
 
 @pytest.mark.exhaustive
@@ -203,7 +203,7 @@ NARROW = dataclasses.replace(
 )
 
 
-def report(config: Any, mesh: dict[str, int], topology: str, batch: int, micro: int) -> Any:
+def report(config: Any, mesh: Mapping[str, int], topology: str, batch: int, micro: int) -> Any:
     step = catalog.step("transformer", config, mesh, batch_size=batch, microbatches=micro)
     plan = gspmd.plan(step.fn, *step.args, mesh=mesh, **step.options)
     return plan.report("tpu-v3", topology)
@@ -236,7 +236,7 @@ def test_the_papers_2_by_16_by_8_at_full_size() -> None:
 @pytest.mark.parametrize("mesh", [(2, 16, 8), (4, 8, 8), (8, 4, 8), (2, 8, 16), (4, 16, 4)])
 def test_the_papers_pipelines_at_full_size(mesh: tuple[int, int, int]) -> None:
     stages = mesh[0]
-    axes = dict(zip(("stage", "data", "model"), mesh, strict=True))
+    axes: dict[str, int] = dict(zip(("stage", "data", "model"), mesh, strict=True))
     made = report(NARROW, axes, "tpu-v3:8x16", 512, 16)
     (row,) = made.pipelines
     assert row.ticks - row.busy == stages - 1
