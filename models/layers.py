@@ -241,7 +241,7 @@ def _piped(
     depth = -(-count // (sizes.stages * sizes.repeats))
     made = pipeline(
         stages.run_layers(layer, keeps=int(sparse)),
-        stages.stack_stages((layers, jnp.arange(count)), sizes.stages, sizes.repeats),
+        stages.stack_stages((layers, jnp.arange(count)), sizes.stages, sizes.repeats, "stage"),
         stages.to_microbatches(x_BSM, micro),
         stages=sizes.stages,
         schedule="circular" if sizes.repeats > 1 else "gpipe",

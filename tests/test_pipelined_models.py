@@ -130,6 +130,18 @@ def test_a_table_turns_the_pipeline_off() -> None:
     assert kept == [(5, 2, 1, ROWS // 4 // 2, 8, 16)]
 
 
+def test_no_device_holds_all_layers_of_a_circular_pipeline() -> None:
+    """What rests on a stage's devices goes to where its turn is, once outward and once back."""
+    config, how = piped("transformer", "tensor", MESHES[0], repeats=2)
+    plan = planned(config, how)
+    assert plan.in_specs[0]["layers"]["mlp"]["wi"] == P("stage", None, "model")
+    sent = [c for c in plan.collectives if "stage" in c.axes and c.trips == 1]
+    weights = 4 * (4 * 16 * 16 + 3 * 16 * 32) * 4 // 2 // 2  # bytes of them on a device
+    dealt = [c for c in sent if c.source.split("/")[-1].startswith("layers.py")]
+    activations = 4 * ROWS * 8 * 16 * 4 // 2
+    assert sum(c.wire_bytes for c in dealt) < 2 * weights + activations
+
+
 @pytest.mark.exhaustive
 def test_what_a_table_turned_off_has_the_same_values() -> None:
     config, how = piped("transformer", "tensor", MESHES[0])
