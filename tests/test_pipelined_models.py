@@ -266,8 +266,8 @@ def test_2d_sharding_is_a_quarter_ahead_of_the_best_pipeline_on_2048_cores() -> 
     assert plain.bubble == 0
     ahead = min(row.step for row in others) / plain.step
     assert 1.15 < ahead < 1.35
-    bubbles = [row.bubble / row.step for row in others]
-    assert bubbles == sorted(bubbles)  # 8 and 32 microbatches: four for each stage
+    two, again, four, eight = (row.bubble / row.step for row in others)
+    assert max(two, again) < four < eight  # though there are four microbatches for each stage
 
 
 # ------------------------------------------------------------------------------------- bad input
