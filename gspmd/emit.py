@@ -92,6 +92,7 @@ class Emitter:
         self.ops: list[Op] = []
         self.versions: dict[Value, dict[Sharding, Value]] = {}
         self.recipes: dict[Value, tuple[Op, FactorRule]] = {}
+        self.spread: dict[Value, tuple[Op, FactorRule, Choice]] = {}  # along dims of no operand
         self.sources: dict[Value, Source | None] = {}
         self.sums: Sums = {}
         self.masked: dict[tuple[Value, int, str], Value] = {}
@@ -110,6 +111,8 @@ class Emitter:
         for x, made, mine in zip(op.outs, choice.outs, outs, strict=True):
             self.versions[x] = {made: mine}
             self.sources[x] = op.source
+            if rule.spread and len(op.outs) == 1:
+                self.spread[x] = (op, rule, choice)
             for axis in made.partial:
                 self.sums[x, axis] = self._summing(op, rule, choice, axis)
 
@@ -206,6 +209,8 @@ class Emitter:
             self.sums |= {(x, axis): consumer for axis in needs.partial}
             return versions[needs]
         plan = min(plans, key=lambda p: (p.wire_bytes, len(p.steps)))
+        if plan.wire_bytes and x in self.spread and self._spread_anew(x, needs):
+            return self.versions[x][needs]
         for step in plan.steps:
             if step.dst in versions:
                 continue
@@ -230,6 +235,21 @@ class Emitter:
         split = self.mesh.size(a for part in axes for a in part)
         self.emit(op, rule, Choice(tuple(axes), ins, (made,), 0.0, 0.0, split))
         self.versions[x] = {**kept, **self.versions[x]}
+
+    def _spread_anew(self, x: Value, needs: Sharding) -> bool:
+        """Makes `x` again where it then is as `needs` says, along dims that no operand has."""
+        op, rule, choice = self.spread[x]
+        axes = list(choice.axes)
+        for factors, wanted in zip(rule.outs[0], needs.dims, strict=True):
+            if len(factors) == 1 and factors[0] in rule.spread:
+                axes[factors[0]] = wanted
+        made = dataclasses.replace(choice.outs[0], dims=required(rule.outs[0], tuple(axes)))
+        if made != needs:
+            return False
+        kept = dict(self.versions[x])
+        self.emit(op, rule, dataclasses.replace(choice, axes=tuple(axes), outs=(made,)))
+        self.versions[x] = {**kept, **self.versions[x]}
+        return True
 
     def _step(self, value: Value, x: Value, step: Step, cause: Cause) -> Value:
         """Emits the ops of one step of a reshard."""

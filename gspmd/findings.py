@@ -140,19 +140,51 @@ PIPELINE = "gspmd.pipeline"
 """What begins the name that `gspmd.pipeline` gives its results; then come its numbers."""
 
 
-def short_pipelines(program: Program) -> tuple[Finding, ...]:
-    """A finding for each pipeline that has fewer microbatches than stages."""
-    found: dict[tuple[str, ...], Finding] = {}
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A pipeline of a program: each stage works in `busy` of its loop's `ticks`."""
+
+    stages: int
+    microbatches: int
+    ticks: int
+    busy: int
+    source: Source | None
+
+    @property
+    def bubble(self) -> float:
+        """The share of its ticks in which a stage has nothing to work on."""
+        return 1 - self.busy / self.ticks
+
+    def runs(self, op: Op) -> bool:
+        """Whether `op` is its loop, forward or backward."""
+        return (
+            op.name == "scan"
+            and op.params["length"] == self.ticks
+            and str(op.source) == str(self.source)
+        )
+
+
+def pipelines(program: Program) -> tuple[Pipeline, ...]:
+    """The pipelines of a program, each once."""
+    found: dict[tuple[str, str], Pipeline] = {}
     for op, _ in program.walk():
         name = str(op.params.get("name", "")) if op.name == "name" else ""
-        if not name.startswith(PIPELINE):
-            continue
-        stages, micro, ticks, busy = map(int, name.removeprefix(PIPELINE).split())
-        if micro < stages:
-            message = (
-                f"the pipeline at {op.source} has {micro} microbatches for {stages} stages: each "
-                f"stage works in {busy} of {ticks} ticks, and {100 * (1 - busy / ticks):.0f} % is "
-                "bubble; cut the batch into more"
-            )
-            found[name, str(op.source)] = Finding("pipeline-bubble", message, op.source)
+        if name.startswith(PIPELINE):
+            stages, micro, ticks, busy = map(int, name.removeprefix(PIPELINE).split())
+            found[name, str(op.source)] = Pipeline(stages, micro, ticks, busy, op.source)
     return tuple(found.values())
+
+
+def short_pipelines(program: Program) -> tuple[Finding, ...]:
+    """A finding for each pipeline that has fewer microbatches than stages."""
+    return tuple(
+        Finding(
+            "pipeline-bubble",
+            f"the pipeline at {p.source} has {p.microbatches} microbatches for {p.stages} stages: "
+            f"each stage works in {p.busy} of {p.ticks} ticks, and {100 * p.bubble:.0f} % is "
+            "bubble; cut the batch into more",
+            p.source,
+        )
+        for p in pipelines(program)
+        if p.microbatches < p.stages
+    )

@@ -130,6 +130,7 @@ class _Scope(Emitter):
         self.work = 0.0
         self.makers: dict[Value, Op] = {}
         self.owable: dict[Value, Mapping[str, Op]] = {}
+        self.handed: dict[Value, tuple[_Scope, Value]] = {}  # out of bodies, where each comes of
 
     def run(
         self,
@@ -221,7 +222,6 @@ class _Scope(Emitter):
             if isinstance(inner, Value):
                 handed[x] = inner
                 if axes := self.state.requests.get(x, ()):
-                    self.state.requests[inner] = axes
                     at.outputs[0][i], at.results[k] = (
                         owing(s, axes) for s in (at.outputs[0][i], at.results[k])
                     )
@@ -243,6 +243,7 @@ class _Scope(Emitter):
         self.sums |= carried
         for x, inner in handed.items():
             self.owable[x] = ran[0][0].arises(inner)
+            self.handed[x] = (ran[0][0], inner)
             self.sums |= {(x, axis): made for axis, made in self.owable[x].items()}
         self.work += op.params.get("length", 1) * sum(scope.work for scope, _ in ran)
         bodies = tuple(body for _, body in ran)
@@ -303,7 +304,10 @@ class _Scope(Emitter):
     def request(self, x: Value, axes: Axes) -> None:
         """Has `x`, when it is made again, owe the sums over `axes`, and what it is made of."""
         self.state.requests[x] = axes
-        if x not in self.owable and not any(set(axes) <= set(s.partial) for s in self.versions[x]):
+        if x in self.handed:
+            scope, inner = self.handed[x]
+            scope.request(inner, axes)
+        elif not any(set(axes) <= set(s.partial) for s in self.versions[x]):
             for group in self._linear(x):
                 for y in group:
                     self.request(y, axes)
@@ -316,5 +320,7 @@ class _Scope(Emitter):
         for group in ((0,),) if op.name == "constraint" else self.state.rule(op).linear:
             members = [op.ins[i] for i in group]
             values = [y for y in members if isinstance(y, Value) and self.state.uses[y] == 1]
-            if len(values) == len(members):
-                yield values
+            # What is made for this op alone, such as zeros, owes whatever is asked of it.
+            made = [y for y in values if y not in self.recipes]
+            if made and len(values) == len(members):
+                yield made

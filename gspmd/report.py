@@ -6,16 +6,16 @@ links of the topology allow, and the schedule says which collectives the computa
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from gspmd import meshes
 from gspmd.collectives import axes_of, is_collective, pairs_of
 from gspmd.cost import Bound, cost, main_dtype, products
 from gspmd.errors import GspmdError, MeshError, nearest
-from gspmd.findings import Finding
+from gspmd.findings import Finding, Pipeline, pipelines
 from gspmd.fusion import Fusion, fuse
-from gspmd.ir import COLLECTIVES, Op, Program, bytes_of
+from gspmd.ir import COLLECTIVES, Op, Program, bytes_of, trip_count
 from gspmd.memory import Memory, memory
 from gspmd.meshes import Chip, Placement, Topology, Traffic, network
 from gspmd.sharding import Axes, Mesh, root_axis, show_axes
@@ -41,9 +41,10 @@ SLOW = 0.1
 class Flops:
     """FLOPs of matrix products and convolutions in one step, two for a multiplication and addition.
 
-    `model` is what the program needs on one device of unlimited size, without rematerialization;
-    all else is what one device executes, with padding and replication: `hardware` all of it,
-    `counted` without what rematerialization repeats, as the tables of the GSPMD paper count.
+    `model` is what the program needs on one device of unlimited size, without rematerialization
+    and without what stages of a pipeline do in its bubble; all else is what one device executes,
+    with padding and replication: `hardware` all of it, `counted` without what rematerialization
+    repeats, as the tables of the GSPMD paper count.
     """
 
     model: float
@@ -104,6 +105,22 @@ class CollectiveRow:
         return self.seconds - self.exposed
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class PipelineRow:
+    """A pipeline: `seconds` are those of its loops in a step, forward and backward.
+
+    Each stage works in `busy` of the `ticks` of a loop; `bubble` are the seconds of the others.
+    """
+
+    stages: int
+    microbatches: int
+    ticks: int
+    busy: int
+    seconds: float
+    bubble: float
+    source: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What one step of a plan costs on `devices` devices of a chip.
@@ -125,6 +142,7 @@ class Report:
     ops: tuple[OpRow, ...]
     collectives: tuple[CollectiveRow, ...]
     findings: tuple[Finding, ...]
+    pipelines: tuple[PipelineRow, ...] = ()
 
     @property
     def mfu(self) -> float:
@@ -256,7 +274,8 @@ def report(work: Work, chip: Chip, where: Placement, assumptions: Assumptions) -
     Raises:
       MeshError: the chip has no peak for the program's dtype; a loop has no bound.
     """
-    timer = _Timer(chip, where.refined(work.mesh), assumptions, _numbers(work.program))
+    piped = pipelines(work.model)
+    timer = _Timer(chip, where.refined(work.mesh), assumptions, _numbers(work.program), piped)
     step = timer.time(work.program, 1)
     dtype = main_dtype((op, p, _trips(n, assumptions)) for op, p, n in products(work.program))
     return _with_findings(
@@ -268,7 +287,7 @@ def report(work: Work, chip: Chip, where: Placement, assumptions: Assumptions) -
             devices=work.mesh.devices,
             peak=chip.peak_flops(dtype) if dtype is not None else 0.0,
             dtype=str(dtype) if dtype is not None else "",
-            flops=_flops(work, assumptions),
+            flops=_flops(work, assumptions, piped),
             seconds=Seconds(
                 step,
                 sum(row.seconds * row.trips for row in timer.ops),
@@ -279,6 +298,18 @@ def report(work: Work, chip: Chip, where: Placement, assumptions: Assumptions) -
             ops=tuple(timer.ops),
             collectives=tuple(sorted(timer.collectives, key=lambda row: row.number)),
             findings=(),
+            pipelines=tuple(
+                PipelineRow(
+                    p.stages,
+                    p.microbatches,
+                    p.ticks,
+                    p.busy,
+                    took,
+                    took * p.bubble,
+                    str(p.source or "(boundary)"),
+                )
+                for p, took in timer.loops.items()
+            ),
         )
     )
 
@@ -296,10 +327,16 @@ class _Timer:
     """Times a program and its bodies, and keeps a row for each thing that takes time."""
 
     def __init__(
-        self, chip: Chip, where: Placement, assumptions: Assumptions, numbers: Mapping[Op, int]
+        self,
+        chip: Chip,
+        where: Placement,
+        assumptions: Assumptions,
+        numbers: Mapping[Op, int],
+        piped: Iterable[Pipeline],
     ) -> None:
         self.chip, self.where, self.assumptions = chip, where, assumptions
         self.numbers = numbers
+        self.loops = dict.fromkeys(piped, 0.0)  # seconds of a step in the loops of each pipeline
         self.ops: list[OpRow] = []
         self.collectives: list[CollectiveRow] = []
 
@@ -351,7 +388,12 @@ class _Timer:
             self.collectives += sent
             return seconds
         times = _times(op, self.assumptions)
-        return times * sum(self.time(body, trips * times) for body in op.bodies)
+        before = dict(self.loops)
+        took = times * sum(self.time(body, trips * times) for body in op.bodies)
+        for pipeline, seconds in before.items():
+            if pipeline.runs(op):  # a loop within one of its ticks is none of its own
+                self.loops[pipeline] = seconds + trips * took
+        return took
 
     def _sent(self, op: Op, task: Task, exposed: float, trips: int) -> CollectiveRow:
         if task.alone:
@@ -399,7 +441,7 @@ def _phase(op: Op) -> str:
     return op.source.phase if op.source else "boundary"
 
 
-def _flops(work: Work, assumptions: Assumptions) -> Flops:
+def _flops(work: Work, assumptions: Assumptions, piped: Iterable[Pipeline]) -> Flops:
     def total(program: Program, again: bool) -> float:
         return sum(
             product.flops * _trips(trips, assumptions)
@@ -407,7 +449,25 @@ def _flops(work: Work, assumptions: Assumptions) -> Flops:
             if again or _phase(op) != "rematerialized"
         )
 
-    return Flops(total(work.model, False), total(work.program, True), total(work.program, False))
+    idle = sum(
+        pipeline.bubble * total(body, False) * pipeline.ticks * _trips(trips, assumptions)
+        for pipeline in piped
+        for op, trips in _loops(work.model, pipeline)
+        for body in op.bodies
+    )
+    return Flops(
+        total(work.model, False) - idle, total(work.program, True), total(work.program, False)
+    )
+
+
+def _loops(program: Program, pipeline: Pipeline) -> Iterator[tuple[Op, int]]:
+    """The loops of a pipeline, but not those within them, and how often they run."""
+    for op in program.ops:
+        if pipeline.runs(op):
+            yield op, 1
+            continue
+        for body in op.bodies:
+            yield from ((loop, n * trip_count(op)) for loop, n in _loops(body, pipeline))
 
 
 def _findings(made: Report) -> Iterable[Finding]:
@@ -507,6 +567,14 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.4g} GB"
 
 
+def show_pipeline(row: PipelineRow, step: float) -> str:
+    """`4 stages, 16 microbatches, a bubble of 3 in 19 ticks: 0.25 s, 8.1 % of a step`."""
+    return (
+        f"{row.stages} stages, {row.microbatches} microbatches, a bubble of {row.ticks - row.busy} "
+        f"in {row.ticks} ticks: {row.bubble:.4g} s, {100 * row.bubble / step:.1f} % of a step"
+    )
+
+
 def show(made: Report) -> str:
     """The report in a dozen lines."""
     s, f = made.seconds, made.flops
@@ -524,6 +592,7 @@ def show(made: Report) -> str:
             f"{_size(made.peak_bytes)} of {_size(made.chip.device_memory)} a device"
             f"{'' if made.fits else ': does not fit'}",
         ),
+        *(("pipeline", show_pipeline(row, s.step)) for row in made.pipelines),
     ]
     if made.joules is not None:
         rows.append(("energy", f"{made.joules / 3.6e6:.4g} kWh a step, the chips alone"))

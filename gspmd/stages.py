@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax, tree_util
+from jax.sharding import PartitionSpec as P
 
+from gspmd.annotate import annotate
 from gspmd.errors import GspmdError
 
 
@@ -59,7 +61,9 @@ def from_microbatches(microbatches: Any, rows: int) -> Any:
     return jax.tree.map(join, microbatches)
 
 
-def stack_stages(layer_params: Any, stages: int, repeats: int = 1) -> tuple[Any, jax.Array | None]:
+def stack_stages(
+    layer_params: Any, stages: int, repeats: int = 1, axis: str | None = None
+) -> tuple[Any, jax.Array | None]:
     """The layers dealt out to stages, and which of them are there.
 
     Where the layers do not go into the stages, the last ones get fewer, and in the place of a layer
@@ -69,6 +73,9 @@ def stack_stages(layer_params: Any, stages: int, repeats: int = 1) -> tuple[Any,
       layer_params: pytree of arrays with a leading dim of layers.
       stages: how many stages.
       repeats: how often a microbatch goes round them; 1: a schedule of "gpipe".
+      axis: the mesh axis, or a logical name for one, that splits the layers where they rest, before
+        they are dealt out; None leaves that open. In a circular pipeline a stage has layers from
+        all over the stack: they are sent there, but no device holds all of them.
 
     Returns:
       A pytree of arrays `[stages, layers of a stage, ...]`, of a circular pipeline
@@ -82,6 +89,8 @@ def stack_stages(layer_params: Any, stages: int, repeats: int = 1) -> tuple[Any,
     missing = depth * stages * repeats - layers
 
     def deal(w: Any) -> jax.Array:
+        if axis is not None:
+            w = annotate(w, P(axis, *(P.UNCONSTRAINED,) * (jnp.ndim(w) - 1)))
         w = jnp.concatenate([w, *[w[-1:]] * missing]) if missing else jnp.asarray(w)
         dealt = w.reshape(repeats, stages, depth, *w.shape[1:]).swapaxes(0, 1)
         return dealt if repeats > 1 else dealt[:, 0]

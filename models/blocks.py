@@ -45,6 +45,8 @@ PLAIN_ROLES = (
 )
 ROLES = (
     *PLAIN_ROLES,
+    "stage",  # of a pipeline, in which layers run side by side
+    "outer_batch",  # B outside of the layers, where the devices of all stages share it
     "vocab",  # V of the logits
     "vocab_table",  # V of the embedding
     "embed_table",  # M of the embedding
@@ -82,6 +84,9 @@ class Sizes:
     dropout: float = 0.0  # on what each block adds to the residual stream
     dtype: DTypeLike = jnp.bfloat16  # of matrix products; norms, softmax and loss are float32
     param_dtype: DTypeLike = jnp.float32
+    stages: int = 1  # of the pipeline through which the layers run in training; 1: there is none
+    microbatches: int | None = None  # of a pipeline; None: four for each stage, if rows allow
+    repeats: int = 1  # how often a microbatch goes round the stages
     remat: bool = True  # keep only each layer's input for the backward pass
     scan: bool = True  # one loop over the layers, else one copy of the layer after another
 

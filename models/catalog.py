@@ -16,7 +16,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from gspmd.errors import GspmdError, nearest
-from gspmd.models import training
+from gspmd.models import strategies, training
 
 MODELS = ("transformer", "glam", "vmoe", "nest", "nest_gan")
 
@@ -68,21 +68,24 @@ def config(name: str, size: str) -> Any:
 def step(
     name: str,
     size: str | Any,
-    mesh_axes: Sequence[str],
+    mesh_axes: Sequence[str] | Mapping[str, int],
     *,
     batch_size: int,
     strategy: str = "2d",
     optimizer: str = "adafactor",
+    microbatches: int | None = None,
 ) -> Step:
     """One training step of a model on `batch_size` examples, split by `strategy`.
 
     Args:
       name: one of MODELS.
       size: one of the model's CONFIGS by name, or a configuration.
-      mesh_axes: the names of the mesh's axes, outermost first.
+      mesh_axes: the names of the mesh's axes, outermost first; with their sizes where the layers
+        are a pipeline, whose stages an axis "stage" splits.
       batch_size: examples of a step, on all devices together.
       strategy: one of the model's RULES.
       optimizer: one of OPTIMIZERS; the papers used Adafactor, whose state is small.
+      microbatches: that a batch is cut into for a pipeline: see `strategies.pipelined`.
 
     Raises:
       CatalogError: there is no such model, configuration or optimizer.
@@ -90,12 +93,20 @@ def step(
     module = model(name)
     sizes = config(name, size) if isinstance(size, str) else size
     update = OPTIMIZERS[_known("an optimizer", optimizer, OPTIMIZERS)](training.TrainConfig())
+    rules = module.rules_for(strategy, tuple(mesh_axes))
+    if rules.get("stage"):
+        if not isinstance(mesh_axes, Mapping):
+            raise CatalogError(
+                f"the layers of {name} are a pipeline on the mesh axis {rules['stage']!r}, whose "
+                "size says how many stages it has: give a mesh's axes with their sizes."
+            )
+        sizes = strategies.pipelined(sizes, rules, mesh_axes, batch_size, microbatches)
     init = functools.partial(module.init, sizes)
     state = jax.eval_shape(functools.partial(training.init_state, init, update, 0))
     fn = training.make_step(functools.partial(module.loss, sizes), update, 0)
     options = {
-        "in_specs": (None, P("batch")),
-        "rules": module.rules_for(strategy, tuple(mesh_axes)),
+        "in_specs": (None, P("outer_batch" if "outer_batch" in rules else "batch")),
+        "rules": rules,
         "donate_argnums": 0,
     }
     return Step(fn, (state, module.batch_shapes(sizes, batch_size)), options)

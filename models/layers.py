@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from gspmd import stages
 from gspmd.annotate import annotate
 from gspmd.models.blocks import KV, MLP, Attention, Mixture, ModelError, RMSNorm, Sizes, View
+from gspmd.pipeline import pipeline
 
 
 class Scene(NamedTuple):
@@ -180,8 +183,11 @@ def run_layers(
 ) -> Done:
     """What the stacked `layers` leave: by one loop, or by a copy of its body for each of them.
 
-    Losses are added up; keys and values are stacked along L, where they are to be kept.
+    Losses are added up; keys and values are stacked along L, where they are to be kept. Where the
+    sizes say so they are a pipeline instead, though not in decoding.
     """
+    if sizes.stages > 1 and cache is None and not keep:
+        return _piped(sizes, layers, x_BSM, scene, key)
     count = jax.tree.leaves(layers)[0].shape[0]
     sparse = isinstance(layers, Pair)
 
@@ -206,3 +212,43 @@ def run_layers(
         carry, kept = step(carry, jax.tree.map(operator.itemgetter(i), turns))
         each.append(kept)
     return Done(*carry, jax.tree.map(lambda *xs: jnp.stack(xs), *each))
+
+
+def _piped(
+    sizes: Sizes, layers: Layer | Pair, x_BSM: jax.Array, scene: Scene, key: jax.Array | None
+) -> Done:
+    """What the layers leave, dealt out to the stages of a pipeline.
+
+    Tokens are routed together within a microbatch, and the routers' loss is the mean over these;
+    what is drawn differs from what is without a pipeline.
+    """
+    rows, count = x_BSM.shape[0], jax.tree.leaves(layers)[0].shape[0]
+    sparse, own = isinstance(layers, Pair), (sizes.stages,) + (sizes.repeats,) * (sizes.repeats > 1)
+    micro = sizes.microbatches or next(n for n in range(4 * sizes.stages, 0, -1) if rows % n == 0)
+
+    def layer(turn: Any, x_BSM: jax.Array, side: Any, *total: jax.Array) -> Any:
+        (layer, index), (memory_BTM, i) = turn, side
+        layer_key = None
+        if key is not None:
+            layer_key = jax.random.fold_in(jax.random.fold_in(key, index), i)
+        # Its name is for the backward pass, which has what goes into each layer, and no more.
+        x_BSM = checkpoint_name(x_BSM, "layer")
+        done = layer(x_BSM, scene._replace(memory_BTM=memory_BTM), layer_key)
+        return (done.x_BSM, total[0] + done.loss) if sparse else done.x_BSM
+
+    memory_BTM = scene.memory_BTM
+    memory = None if memory_BTM is None else stages.to_microbatches(memory_BTM, micro)
+    depth = -(-count // (sizes.stages * sizes.repeats))
+    made = pipeline(
+        stages.run_layers(layer, keeps=int(sparse)),
+        stages.stack_stages((layers, jnp.arange(count)), sizes.stages, sizes.repeats, "stage"),
+        stages.to_microbatches(x_BSM, micro),
+        stages=sizes.stages,
+        schedule="circular" if sizes.repeats > 1 else "gpipe",
+        repeats=sizes.repeats,
+        remat=jax.checkpoint_policies.save_only_these_names("layer") if sizes.remat else False,
+        sides=(memory, jnp.arange(micro)),
+        state=jnp.zeros((*own, depth)) if sparse else None,
+    )
+    y, loss = (made[0], jnp.sum(made[1]) / micro) if sparse else (made, None)
+    return Done(stages.from_microbatches(y, rows), loss, None)

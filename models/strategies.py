@@ -4,10 +4,16 @@ A model annotates roles ("batch", "mlp"). A strategy is a table from roles to "d
 "expert", written beside the model; `rules_for` fits it to the axes that a mesh has.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import TypeVar
 
 from gspmd.errors import SpecError, nearest
+from gspmd.models.blocks import Sizes
+
+S = TypeVar("S", bound=Sizes)
 
 Axis = str | tuple[str, ...] | None
 
@@ -18,7 +24,8 @@ Rules = Mapping[str, Axis]
 def table(roles: Sequence[str], **axes: Axis) -> Rules:
     """A table of `roles`, whole where `axes` does not name them.
 
-    A role with a prefix, such as "encoder_mlp", is split as the one without, if it is not named.
+    A role with a prefix, such as "encoder_mlp", is split as the one without, if it is not named;
+    "stage" by an axis of that name.
 
     Raises:
       SpecError: no such role.
@@ -26,7 +33,8 @@ def table(roles: Sequence[str], **axes: Axis) -> Rules:
     if unknown := [role for role in axes if role not in roles]:
         raise SpecError(f"no role {unknown[0]!r}{nearest(unknown[0], roles)}")
     plain = {role: axes.get(role.partition("_")[2]) for role in roles}
-    return MappingProxyType({**plain, **axes})
+    stage = {"stage": "stage"} if "stage" in roles else {}
+    return MappingProxyType({**plain, **stage, **axes})
 
 
 def rules_for(
@@ -35,7 +43,8 @@ def rules_for(
     """The table `tables[strategy]` for a mesh with these axes, outermost first.
 
     * Axes that the mesh lacks are dropped; "expert" is read as "data" where the mesh lacks it.
-    * Every axis other than `model` splits what "data" splits of a role that ends in "batch".
+    * Every axis other than `model` splits what "data" splits of a role that ends in "batch"; that
+      of the stages of a pipeline only what is outside of it, "outer_batch".
     * Weights are split by `data` and `expert`; or by an axis `fsdp`, where the mesh has one, in
       place of `data`, which then holds copies of them.
     * What splits "expert" splits no other dim of an expert: of the roles that begin with "expert_".
@@ -47,13 +56,15 @@ def rules_for(
         raise SpecError(f"no strategy {strategy!r}: choose one of {', '.join(tables)}.")
     rules = tables[strategy]
     weights = ("fsdp" if "fsdp" in mesh_axes else "data", "expert")
+    stage = _axes(rules.get("stage"))
 
     def fit(role: str) -> tuple[str, ...]:
-        axis = rules.get(role)
         found: list[str] = []
-        for name in (axis,) if isinstance(axis, str) else axis or ():
+        for name in _axes(rules.get(role)):
             if role.endswith("batch") and name == "data":
-                found += [a for a in mesh_axes if a != "model"]
+                found += [a for a in mesh_axes if a not in ("model", *stage)]
+                # Last, so that the stages' devices share what each split of the layers' batch has.
+                found += stage if role == "outer_batch" else ()
             elif name == "expert" and name not in mesh_axes:
                 found.append("data")
             else:
@@ -69,3 +80,32 @@ def rules_for(
         single = len(axes) == 1 and not role.endswith("batch")
         fitted[role] = axes[0] if single else axes or None
     return fitted
+
+
+def pipelined(
+    sizes: S,
+    rules: Rules,
+    mesh: Mapping[str, int],
+    batch_size: int,
+    microbatches: int | None = None,
+) -> S:
+    """`sizes` with the stages into which a table puts the layers on a mesh of these axes and sizes.
+
+    If `microbatches` does not say it, nor `sizes`, there are four for each stage; or fewer, so that
+    each has as many of the batch's examples on all devices.
+    """
+    stages = _size(rules.get("stage"), mesh)
+    if stages == 1:
+        return sizes
+    split = max(_size(rules.get(role), mesh) for role in ("batch", "encoder_batch"))
+    most = (n for n in range(4 * stages, 1, -1) if batch_size % (n * split) == 0)
+    count = microbatches or sizes.microbatches or next(most, min(stages, batch_size))
+    return dataclasses.replace(sizes, stages=stages, microbatches=count)
+
+
+def _size(axis: Axis, mesh: Mapping[str, int]) -> int:
+    return math.prod(mesh[name] for name in _axes(axis))
+
+
+def _axes(axis: Axis) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else axis or ()

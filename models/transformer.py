@@ -228,7 +228,7 @@ class Transformer(nnx.Module):
         """The score of each token of the vocabulary, in float32."""
         x_BSM = self.final_norm(x_BSM) * self.config.model_dim**-0.5
         logits_BSV = jnp.einsum("BSM,VM->BSV", x_BSM, w_VM.astype(self.config.dtype))
-        return annotate(logits_BSV, P("batch", None, "vocab")).astype(jnp.float32)
+        return annotate(logits_BSV, P("outer_batch", None, "vocab")).astype(jnp.float32)
 
 
 # -------------------------------------------------------------------------------------- functions
@@ -435,6 +435,13 @@ RULES: Mapping[str, Rules] = MappingProxyType(
         "nested": table(
             ROLES, **_MEGATRON, encoder_batch=("data", "model"), encoder_heads=None,
             encoder_mlp=None, expert="model", expert_batch=("data", "model"), expert_mlp=None,
+        ),
+        # The same with it: X is data in embedding and softmax, and the stages of encoder and
+        # decoder.
+        "nested_pipeline": table(
+            ROLES, **{**_MEGATRON, "batch": None}, stage="data", outer_batch="data",
+            encoder_batch="model", encoder_heads=None, encoder_mlp=None, expert="model",
+            expert_batch="model", expert_mlp=None,
         ),
     }
 )  # fmt: skip

@@ -139,6 +139,7 @@ RULE_TEXTS: list[tuple[str, Callable[..., Any], tuple[Any, ...], str]] = [
     ("broadcast_in_dim", lambda x: jnp.broadcast_to(x, (3, 4, 5)), (F(4, 5),), "b c -> a b c"),
     ("reshape", lambda x: x.reshape(4, 6), (F(24),), "(a b) -> a b"),
     ("reshape", lambda x: x.reshape(12, 2, 1, 5), (F(2, 12, 5),), "a (b c) d -> (a b) c () d"),
+    ("reshape", lambda x: lax.reshape(x, (4, 2, 3), (1, 0)), (F(6, 4),), "(b c) a -> a b c"),
     ("reshape", lambda x: x.reshape(2, 3), (F(3, 2),),
      "a d -> b c  (a: whole, b: whole, c: whole, d: whole)"),
     ("slice", lambda x: x[:, ::2], (F(3, 8),), "a b -> a b  (b: exchanged)"),

@@ -208,3 +208,40 @@ def test_gradients_of_scanned_layers_are_reduced_once_after_the_microbatches(spl
         ("reduce_scatter" if any(split) else "all_reduce", 1)
     ]
     agrees(plan, step, w, batches)
+
+
+def test_sums_under_a_mask_are_reduced_once_after_the_loops() -> None:
+    """As in the bubble of a pipeline; the mask, a broadcast, is made whole and not gathered."""
+
+    def loss(w: jax.Array, batch: jax.Array) -> jax.Array:
+        h, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w), None), batch, w)
+        return jnp.sum(jnp.square(h))
+
+    def step(w: jax.Array, batches: jax.Array, valid: jax.Array) -> jax.Array:
+        def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            batch, valid_L = part
+            gradient = jax.grad(loss)(w, batch)
+            return total + jnp.where(valid_L[:, None, None], gradient, 0.0), None
+
+        return lax.scan(add, jnp.zeros_like(w), (batches, valid))[0]
+
+    w, batches = 0.3 * floats(2, 8, 8), floats(3, 12, 8)
+    valid = np.asarray([[True, False], [True, True], [False, True]])
+    split = P(None, "x")
+    plan = gspmd.plan(
+        step, w, batches, valid, mesh="x=4", in_specs=(split, P(None, "x"), P()), out_specs=split
+    )
+    sums = [c for c in plan.collectives if c.kind != "all_gather"]
+    assert [(c.kind, c.trips) for c in sums] == [("reduce_scatter", 1)]
+    gathered = [op.ins[0].dtype for op, _ in plan.program.walk() if op.name == "all_gather"]
+    assert set(gathered) == {jnp.dtype("float32")}
+    agrees(plan, step, w, batches, valid)
+
+
+@pytest.mark.parametrize("split", [P("x"), P(None, "x")])
+def test_a_reshape_that_transposes_keeps_its_dims_split(split: P) -> None:
+    fn = lambda x: lax.reshape(x, (4, 2, 3), (1, 0))  # noqa: E731
+    x = floats(6, 4)
+    plan = gspmd.plan(fn, x, mesh="x=2", in_specs=(split,))
+    assert not plan.collectives
+    agrees(plan, fn, x)

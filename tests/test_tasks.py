@@ -125,6 +125,8 @@ def test_a_job_that_there_is_not_is_refused(model: str, how: Any, message: str) 
 def test_a_size_that_the_model_lacks_is_an_error_of_the_job() -> None:
     with pytest.raises(JobError):
         make_job("vmoe", sizes={"dropout": 0.1})
+    with pytest.raises(JobError, match="--microbatches 4 are for a pipeline, and nothing puts the"):
+        make_job("transformer", microbatches=4)
 
 
 # --------------------------------------------------------------------------------------- training

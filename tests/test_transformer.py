@@ -335,12 +335,16 @@ def annotations(jaxpr: Any) -> Iterator[tuple[Any, ...]]:
 
 @functools.cache
 def annotated() -> tuple[tuple[str | None, ...], ...]:
-    """The specs in a model that has every kind of block."""
-    config = dataclasses.replace(BOTH, experts=4)
+    """The specs in a model that has every kind of block, in a pipeline; None for an open dim."""
+    config = dataclasses.replace(BOTH, experts=4, stages=2)
     fresh = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
     loss = functools.partial(transformer.loss, config)
     jaxpr = jax.make_jaxpr(loss)(fresh, transformer.batch_shapes(config, 2)).jaxpr
-    flat = lambda entry: entry[0] if isinstance(entry, tuple) else entry  # noqa: E731
+
+    def flat(entry: Any) -> str | None:
+        entry = entry[0] if isinstance(entry, tuple) else entry
+        return None if entry is P.UNCONSTRAINED else entry
+
     return tuple(dict.fromkeys(tuple(map(flat, spec)) for spec in annotations(jaxpr)))
 
 
@@ -364,6 +368,7 @@ def test_no_annotation_uses_a_mesh_axis_twice(strategy: str):
         ("data", "fsdp", "model"),
         ("pod", "data", "model"),
         ("data", "expert", "model"),
+        ("stage", "data", "model"),
     ):
         table = rules_for(strategy, axes)
         for spec in annotated():
@@ -403,6 +408,17 @@ def test_no_annotation_uses_a_mesh_axis_twice(strategy: str):
             },
         ),
         ("fsdp", ("data", "expert"), {"embed": ("data", "expert")}),
+        (
+            "2d",
+            ("stage", "data", "model"),
+            {"stage": "stage", "batch": ("data",), "outer_batch": ("data", "stage")},
+        ),
+        ("2d", ("data", "model"), {"stage": None, "outer_batch": ("data",)}),
+        (
+            "nested_pipeline",
+            ("data", "model"),
+            {"stage": "data", "batch": None, "outer_batch": ("data",), "expert": "model"},
+        ),
     ],
 )
 def test_rules_for_fits_a_table_to_a_mesh(strategy, axes, expected):

@@ -126,6 +126,10 @@ Strategy = Annotated[
     str | None, typer.Option(help="For a model: what splits what: data, fsdp, tensor, 2d, ...")
 ]
 Optimizer = Annotated[str, typer.Option(help="For a model: adafactor, adamw or sgd.")]
+Microbatches = Annotated[
+    int | None,
+    typer.Option(min=1, help="For a mesh axis 'stage', a pipeline: the parts of a batch."),
+]
 ModelTarget = Annotated[
     str,
     typer.Argument(metavar="TARGET", help="FILE.py:FUNCTION, or models.glam:64B_64E."),
@@ -146,6 +150,7 @@ def report_command(
         int | None, typer.Option(min=1, help="For a model: examples in a step; 1 a device.")
     ] = None,
     optimizer: Optimizer = "adafactor",
+    microbatches: Microbatches = None,
     trips: Annotated[
         int | None, typer.Option(min=1, help="How often a loop without a bound runs.")
     ] = None,
@@ -168,7 +173,7 @@ def report_command(
 
         hardware = chip_and_topology(chip, topology)
         with contextlib.redirect_stdout(sys.stderr):
-            subject = read_subject(target, mesh, strategy, batch, optimizer)
+            subject = read_subject(target, mesh, strategy, batch, optimizer, microbatches)
             made = make_plan(subject, mesh, read_rules(rules or ()))
             found = made.report(*hardware, trips=trips)
             judged = made.compare(made.compile(topology)) if compiled else None
@@ -198,7 +203,8 @@ def sweep(
         float, typer.Option(min=0.0, help="For a model: examples in a step for each device.")
     ] = 1.0,
     optimizer: Optimizer = "adafactor",
-    effort: Annotated[int, typer.Option(min=0, max=2, help="As in gspmd.plan.")] = 0,
+    microbatches: Microbatches = None,
+    effort: Annotated[int, typer.Option(min=0, max=2, help="As in gspmd.plan.")] = 1,
     processes: Annotated[int, typer.Option(min=1, help="Plans that are made at once.")] = 2,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw time and utilization here.")
@@ -216,7 +222,7 @@ def sweep(
         if plot is not None:
             check_drawable(plot)
         request = estimate.Request(
-            target, read_rules(rules or ()), strategy, batch, optimizer, effort
+            target, read_rules(rules or ()), strategy, batch, optimizer, effort, microbatches
         )
         names = [name.strip() for name in axes.split(",")]
         count, found = estimate.sweep(request, topology, names, mesh_shapes, processes)
@@ -247,6 +253,7 @@ def train(
     dropout: Annotated[
         float | None, typer.Option(min=0.0, max=0.99, help="For text: share of what is dropped.")
     ] = None,
+    microbatches: Microbatches = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Save the state here, now and then.")
@@ -278,6 +285,7 @@ def train(
         made = job.make_job(
             model,
             config=config,
+            microbatches=microbatches,
             mesh=mesh,
             strategy=strategy,
             batch_size=batch,

@@ -19,7 +19,8 @@ from gspmd.meshes import Topology
 class Request:
     """What is planned for each mesh: a target of the command line with what is said beside it.
 
-    `batch`, `strategy` and `optimizer` are for the reference models; `batch` is per device.
+    `batch`, `strategy`, `optimizer` and `microbatches` are for the reference models; `batch` is per
+    device.
     """
 
     target: str
@@ -28,6 +29,7 @@ class Request:
     batch: float = 1.0
     optimizer: str = "adafactor"
     effort: int = 1
+    microbatches: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Row:
     step: float = math.nan
     mfu: float = math.nan
     hfu: float = math.nan
+    bubble: float = 0.0  # seconds in which stages of a pipeline have nothing to work on
     failure: str = ""
 
     @property
@@ -140,6 +143,7 @@ def estimate(request: Request, topology: Topology, mesh: str) -> Row:
         strategy=request.strategy,
         batch=max(1, round(request.batch * topology.devices)),
         optimizer=request.optimizer,
+        microbatches=request.microbatches,
     )
     plan = make_plan(subject, mesh, request.rules or {}, effort=request.effort)
     made = plan.report(topology.chip, topology)
@@ -156,6 +160,7 @@ def estimate(request: Request, topology: Topology, mesh: str) -> Row:
         made.seconds.step,
         made.mfu,
         made.hfu,
+        sum(row.bubble for row in made.pipelines),
     )
 
 

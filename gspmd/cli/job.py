@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gspmd.errors import GspmdError
-from gspmd.models import catalog, tasks, training
+from gspmd.models import catalog, strategies, tasks, training
 from gspmd.models.strategies import Axis
 from gspmd.models.tasks import Task
 from gspmd.plan import Plan
@@ -106,6 +106,7 @@ def make_job(
     batch_size: int | None = None,
     steps: int | None = None,
     seed: int = 0,
+    microbatches: int | None = None,
     sizes: Mapping[str, Any] = MappingProxyType({}),
     **schedule: Any,
 ) -> Job:
@@ -123,11 +124,19 @@ def make_job(
     chosen = _resized(model, catalog.config(model, config or recipe.config), sizes)
     logical, _ = read_mesh(mesh or recipe.mesh)
     rules = catalog.model(model).rules_for(strategy or recipe.strategy, logical.names)
+    size = batch_size or recipe.batch_size
+    if rules.get("stage") is not None:
+        chosen = strategies.pipelined(chosen, rules, dict(logical.axes), size, microbatches)
+    elif microbatches is not None:
+        raise JobError(
+            f"--microbatches {microbatches} are for a pipeline, and nothing puts the layers of "
+            f"{model} in stages on mesh {logical}; give the mesh an axis 'stage', or leave it out."
+        )
     count = steps or recipe.steps
     # The devices are there before jax is first used: a task may do so.
     devices = devices_for(logical)
     return Job(
-        recipe.make(model, chosen, seed, batch_size or recipe.batch_size),
+        recipe.make(model, chosen, seed, size),
         training.TrainConfig(
             steps=count,
             seed=seed,

@@ -46,11 +46,13 @@ def read_subject(
     strategy: str | None = None,
     batch: int | None = None,
     optimizer: str = "adafactor",
+    microbatches: int | None = None,
 ) -> Subject:
     """What `FILE.py:FUNCTION`, or `models.NAME:CONFIG`, stands for.
 
     What comes after `target` is for the reference models, whose training step depends on it:
-    `batch` examples, by default one for each device of `mesh`.
+    `batch` examples, by default one for each device of `mesh`, in so many `microbatches` where the
+    mesh has an axis "stage".
 
     Raises:
       InputError: no such file or function, it fails, or it gives something else.
@@ -58,7 +60,8 @@ def read_subject(
     """
     file, _, name = target.rpartition(":")
     if file.startswith("models.") and not file.endswith(".py"):
-        return _reference(file.removeprefix("models."), name, mesh, strategy, batch, optimizer)
+        given = strategy, batch, optimizer, microbatches
+        return _reference(file.removeprefix("models."), name, mesh, *given)
     if not file or not name.isidentifier():
         raise InputError(
             f"{target!r} is neither FILE.py:FUNCTION nor models.NAME:CONFIG; write "
@@ -85,6 +88,7 @@ def _reference(
     strategy: str | None,
     batch: int | None,
     optimizer: str,
+    microbatches: int | None,
 ) -> Subject:
     from gspmd.models import catalog  # with flax and optax, which other targets do without
 
@@ -94,10 +98,11 @@ def _reference(
     made = catalog.step(
         name,
         size,
-        logical.names,
+        dict(logical.axes),
         batch_size=logical.devices if batch is None else batch,
         strategy="2d" if strategy is None else strategy,
         optimizer=optimizer,
+        microbatches=microbatches,
     )
     return Subject(made.fn, made.args, made.options)
 

@@ -16,7 +16,7 @@ from gspmd.cli.estimate import Row, best
 from gspmd.cli.show import FAINT, HEAD, show_bytes
 from gspmd.cli.terminal import console
 from gspmd.compiled import Comparison
-from gspmd.report import PARTS, Report
+from gspmd.report import PARTS, Report, show_pipeline
 from gspmd.sharding import show_axes
 
 _BAR = 40  # characters
@@ -70,6 +70,7 @@ def _numbers(made: Report) -> RenderableType:
             f"{show_bytes(made.peak_bytes)} of {show_bytes(made.chip.device_memory)} a device",
         ),
     ]
+    rows += [("pipeline", show_pipeline(row, made.seconds.step)) for row in made.pipelines]
     if made.joules is not None:
         rows.append(("energy", f"{made.joules / 3.6e6:.3g} kWh a step, the chips alone"))
     for name, text in rows:
@@ -140,13 +141,15 @@ def table(rows: Sequence[Row]) -> RenderableType:
     chosen = {(row.topology, row.mesh) for row in best(rows)}
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=HEAD)
     several = len({row.topology for row in rows}) > 1
-    names = ["mesh", "memory", "fits", "wire bytes", "compute", "hidden", "exposed", "step", "MFU"]
+    piped = any(row.bubble for row in rows)
+    names = ["mesh", "memory", "fits", "wire bytes", "compute", "hidden", "exposed"]
+    names += ["bubble"] * piped + ["step", "MFU"]
     for name in (["topology"] if several else []) + names:
         made.add_column(name, justify="left" if name in ("topology", "mesh", "fits") else "right")
     for row in rows:
         lead = [row.topology] if several else []
         if row.failure:
-            made.add_row(*lead, row.mesh, *[""] * 7, "", style=FAINT)
+            made.add_row(*lead, row.mesh, *[""] * (len(names) - 1), style=FAINT)
             continue
         style = "bold green" if (row.topology, row.mesh) in chosen else FAINT * (not row.fits)
         made.add_row(
@@ -155,7 +158,9 @@ def table(rows: Sequence[Row]) -> RenderableType:
             show_bytes(row.peak_bytes),
             "yes" if row.fits else "no",
             show_bytes(row.wire_bytes),
-            *(show_seconds(x) for x in (row.compute, row.hidden, row.exposed, row.step)),
+            *(show_seconds(x) for x in (row.compute, row.hidden, row.exposed)),
+            *[show_seconds(row.bubble)] * piped,
+            show_seconds(row.step),
             f"{100 * row.mfu:.1f} %",
             style=style,
         )
@@ -192,6 +197,7 @@ def report_json(made: Report, compiled: Comparison | None = None) -> dict[str, A
         "joules": made.joules,
         "collectives": [dataclasses.asdict(row) for row in made.collectives],
         "ops": [dataclasses.asdict(row) for row in made.ops],
+        "pipelines": [dataclasses.asdict(row) for row in made.pipelines],
         "buffers": [dataclasses.asdict(row) for row in made.memory.buffers],
         "findings": [{"code": f.code, "message": f.message} for f in made.findings],
         **judged,

@@ -87,6 +87,15 @@ class FactorRule:
         return not any(factors for dims in self.ins for factors in dims)
 
     @property
+    def spread(self) -> frozenset[int]:
+        """The factors of results along which what the operands hold is repeated (a broadcast)."""
+        if not self.linear:
+            return frozenset()
+        given = {f for dims in self.ins for factors in dims for f in factors}
+        made = {f for dims in self.outs for factors in dims for f in factors}
+        return frozenset(f for f in made - given if self.kinds[f] == "pass")
+
+    @property
     def elementwise(self) -> bool:
         """Each entry of the results is made of those at its place in the operands."""
         place = self.outs[0] if self.outs else ()

@@ -70,11 +70,12 @@ def reshape(op: Op) -> FactorRule:
     Walks both shapes from the major end. While the sizes passed so far agree, the gcd of what is
     left of the two current dims is a factor of both; else dims stay whole until they agree again.
     """
-    old, new = op.ins[0].shape, op.outs[0].shape
-    if op.params["dimensions"] is not None or 0 in old:
+    shape, new = op.ins[0].shape, op.outs[0].shape
+    if 0 in shape:
         return gathered(op)
     f = Factors()
-    ins, outs = _Walk(old), _Walk(new)
+    order = op.params["dimensions"] or range(len(shape))  # in which the operand's dims are read
+    ins, outs = _Walk([shape[d] for d in order]), _Walk(new)
     while ins.left or outs.left:
         common = math.gcd(ins.rest, outs.rest)
         if ins.passed == outs.passed and common > 1:
@@ -84,7 +85,8 @@ def reshape(op: Op) -> FactorRule:
         else:
             behind = ins if ins.left and (ins.passed <= outs.passed or not outs.left) else outs
             behind.take(f.new(behind.rest, "whole"), behind.rest)
-    return f.rule([ins.dims], [outs.dims], linear=((0,),))
+    dims = dict(zip(order, ins.dims, strict=True))
+    return f.rule([tuple(dims[d] for d in range(len(shape)))], [outs.dims], linear=((0,),))
 
 
 class _Walk:
