@@ -8,12 +8,21 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from gspmd.errors import SpecError, nearest
-from gspmd.models.blocks import Sizes
 
-S = TypeVar("S", bound=Sizes)
+
+class Layered(Protocol):
+    """The sizes, a dataclass, of a model whose layers may be a pipeline."""
+
+    @property
+    def stages(self) -> int: ...
+    @property
+    def microbatches(self) -> int | None: ...
+
+
+S = TypeVar("S", bound=Layered)
 
 Axis = str | tuple[str, ...] | None
 
@@ -100,7 +109,7 @@ def pipelined(
     split = max(_size(rules.get(role), mesh) for role in ("batch", "encoder_batch"))
     most = (n for n in range(4 * stages, 1, -1) if batch_size % (n * split) == 0)
     count = microbatches or sizes.microbatches or next(most, min(stages, batch_size))
-    return dataclasses.replace(sizes, stages=stages, microbatches=count)
+    return dataclasses.replace(cast(Any, sizes), stages=stages, microbatches=count)
 
 
 def _size(axis: Axis, mesh: Mapping[str, int]) -> int:

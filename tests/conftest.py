@@ -44,6 +44,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("pytest_gspmd")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _devices() -> None:
+    """All eight start before a test can ask for fewer, as a training job does."""
+    import jax
+
+    assert len(jax.devices("cpu")) == 8
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)

@@ -37,6 +37,7 @@ def scripts() -> Iterator[Any]:
         yield Scripts()
 
 
+@pytest.mark.exhaustive
 def test_plan_time_prints_its_tables() -> None:
     printed = run(BENCHMARKS / "plan_time.py", "--quick")
     for row in ("first in the process", "2x4", "32x64", "trace", "partition", "ops of the program"):

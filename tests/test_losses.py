@@ -55,8 +55,8 @@ def unpartitioned(name: str) -> list[float]:
         pytest.param("data=1,model=8", "2d", "plain", marks=pytest.mark.exhaustive),
         ("data=8,model=1", "fsdp", "plain"),
         ("data=2,model=4", "2d", "plain"),
-        ("data=2,model=4", "tensor", "dropout"),
-        ("data=2,fsdp=2,model=2", "2d", "plain"),
+        pytest.param("data=2,model=4", "tensor", "dropout", marks=pytest.mark.exhaustive),
+        pytest.param("data=2,fsdp=2,model=2", "2d", "plain", marks=pytest.mark.exhaustive),
         ("data=3,model=2", "2d", "plain"),  # 8 sequences over 3, and 32 dims over 3
         ("data=3,model=2", "2d", "remat"),
     ],

@@ -103,6 +103,7 @@ def test_each_player_learns_from_its_own_loss_only() -> None:
     assert float(value) == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_some_steps_change_the_images_and_leave_the_loss_finite() -> None:
     optimizer = make_optimizer(TrainConfig(warmup=1, b1=0.0))
     step = jit(make_step(functools.partial(nest_gan.loss, MINI), optimizer, seed=0))

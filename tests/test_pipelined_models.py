@@ -105,6 +105,7 @@ def planned(config: Any, how: dict[str, Any]) -> gspmd.Plan:
     return gspmd.plan(loss("transformer", config), *given("transformer"), **how)
 
 
+@pytest.mark.exhaustive
 def test_a_table_turns_the_pipeline_off() -> None:
     """The program is the same; without stages their devices take a share of the batch."""
     config, how = piped("transformer", "tensor", MESHES[0])
@@ -130,6 +131,7 @@ def test_a_table_turns_the_pipeline_off() -> None:
     assert kept == [(5, 2, 1, ROWS // 4 // 2, 8, 16)]
 
 
+@pytest.mark.exhaustive
 def test_no_device_holds_all_layers_of_a_circular_pipeline() -> None:
     """What rests on a stage's devices goes to where its turn is, once outward and once back."""
     config, how = piped("transformer", "tensor", MESHES[0], repeats=2)
@@ -222,6 +224,7 @@ def report(config: Any, mesh: Mapping[str, int], topology: str, batch: int, micr
     return plan.report("tpu-v3", topology)
 
 
+@pytest.mark.exhaustive
 def test_the_papers_2_by_16_by_8_at_full_size() -> None:
     """Two stages and 16 microbatches: a seventeenth of the loops' time is bubble."""
     made = report(NARROW, {"stage": 2, "data": 16, "model": 8}, "tpu-v3:8x16", 512, 16)

@@ -138,6 +138,7 @@ def job(model: str, **schedule: Any) -> Job:
     return dataclasses.replace(made, task=task(model))
 
 
+@pytest.mark.exhaustive
 def test_a_job_trains_is_judged_and_shows_what_it_can(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
