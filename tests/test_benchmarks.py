@@ -188,6 +188,7 @@ def test_hlo_of_a_cpu_program() -> None:
 # ------------------------------------------------------------------------------ ops_against_xla.py
 
 
+@pytest.mark.exhaustive
 def test_ops_against_xla_prints_its_table(scripts: Any) -> None:
     printed = run(BENCHMARKS / "ops_against_xla.py", "--quick")
     groups = {case.group for case in scripts.op_cases.cases()}

@@ -144,7 +144,10 @@ def dynamic(d: Drawing) -> None:
     if d.flag():
         code = f"lax.dynamic_slice_in_dim({x.name}, {at}, {size}, {dim})"
     else:
-        update = f"lax.slice_in_dim({x.name}, 0, {size}, axis={dim}) * 2"
+        # Not made of `x`: where that is cheap to compute, XLA:CPU writes the update over `x` while
+        # it still reads from it, in the whole program too (jaxlib 0.10.2, on a squared cumsum).
+        shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
+        update = f"lax.full_like({x.name}, 2, shape={shape})"
         code = f"lax.dynamic_update_slice_in_dim({x.name}, {update}, {at}, {dim})"
     d.add(code, exact=x.exact)
 
