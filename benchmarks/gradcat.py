@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from learning import learn
 from matplotlib.patches import Rectangle
 
 from gspmd.models import gradcat, images, nest
-from gspmd.models.training import Record, TrainConfig, train
+from gspmd.models.tasks import image_task
+from gspmd.models.training import TrainConfig
 
 CONFIG = nest.Config(
     image=16, channels=1, patch=1, block=4, dims=(16, 32, 64), layers=(1, 1, 1), heads=(1, 2, 4),
@@ -27,20 +29,6 @@ CONFIG = nest.Config(
 )  # fmt: skip
 SCHEDULE = TrainConfig(steps=300, learning_rate=2e-3, decay=280)
 ROWS = 5
-
-
-def learn(data: images.Images) -> nest.Params:
-    def tell(record: Record) -> None:
-        if record.step % 50 == 0:
-            print(f"step {record.step}/{SCHEDULE.steps}: loss {record.loss:.2f}", file=sys.stderr)
-
-    return train(
-        SCHEDULE,
-        functools.partial(nest.init, CONFIG),
-        functools.partial(nest.loss, CONFIG),
-        lambda step: images.batch(data, seed=0, step=step, batch_size=64),
-        on_step=tell,
-    )["params"]
 
 
 def erased(image_YXC: np.ndarray, square: gradcat.Square) -> np.ndarray:
@@ -73,7 +61,7 @@ def draw(path: str, params: nest.Params, pixels: np.ndarray, labels: np.ndarray)
 
 def main(*path: str) -> None:
     data = images.digits(CONFIG.image)
-    params = learn(data)
+    params = learn(image_task("nest", CONFIG, seed=0, batch_size=64), SCHEDULE)
     apply = jax.jit(functools.partial(nest.apply, CONFIG, params))
     pixels, labels = data.held_out, data.held_out_labels
     right = images.accuracy(apply, pixels, labels, len(pixels))

@@ -15,9 +15,11 @@ import sys
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+from learning import learn
 
 from gspmd.models import images, vmoe
-from gspmd.models.training import Record, TrainConfig, train
+from gspmd.models.tasks import image_task
+from gspmd.models.training import TrainConfig
 
 CONFIG = vmoe.CONFIGS["digits"]
 SCHEDULE = TrainConfig(steps=600, learning_rate=3e-3, decay=580)
@@ -25,20 +27,6 @@ CAPACITIES = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0)
 ORDERS = {"in order": False, "by priority": True}
 # Here compiling is the work, not running.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def learn(data: images.Images) -> vmoe.Params:
-    def tell(record: Record) -> None:
-        if record.step % 50 == 0:
-            print(f"step {record.step}/{SCHEDULE.steps}: loss {record.loss:.2f}", file=sys.stderr)
-
-    return train(
-        SCHEDULE,
-        functools.partial(vmoe.init, CONFIG),
-        functools.partial(vmoe.loss, CONFIG),
-        lambda step: images.batch(data, seed=0, step=step, batch_size=128),
-        on_step=tell,
-    )["params"]
 
 
 def shares(params: vmoe.Params, data: images.Images) -> np.ndarray:
@@ -80,7 +68,7 @@ def draw(path: str, share_LCE: np.ndarray, right: dict[str, list[float]]) -> Non
 
 def main(*path: str) -> None:
     data = images.digits(CONFIG.image)
-    params = learn(data)
+    params = learn(image_task("vmoe", CONFIG, seed=0, batch_size=128), SCHEDULE)
     share_LCE = shares(params, data)
     for digit, share_E in enumerate(share_LCE[-1]):
         print(

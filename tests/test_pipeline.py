@@ -669,16 +669,16 @@ def test_nested_within_a_stage_as_without_one(
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("on", ["simulated", "devices"])
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize(
+    ("mesh", "repeats"),  # four layers are too few for four stages twice
+    [(mesh, n) for n in (1, 2) for mesh in MESHES if n == 1 or "stage=4" not in mesh],
+)
 @pytest.mark.parametrize(("layer", "table"), NESTED)
 def test_nested_on_every_mesh(
     layer: Callable[..., Any], table: str, repeats: int, mesh: str, on: Any
 ) -> None:
     w, x = nested(layer)
     p = 4 if "stage=4" in mesh else 2
-    if p * repeats > 4:
-        pytest.skip("four layers are not enough")
     fn = loss_of(model(p, 3, repeats, layer, remat=True))
     specs = (P("stage") if repeats == 1 else None, P("batch"))
     how: dict[str, Any] = {"mesh": mesh, "rules": rules_of(table), "in_specs": specs, "on": on}
