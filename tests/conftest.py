@@ -17,7 +17,10 @@ os.environ["XLA_FLAGS"] += (
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA ends at a flag it has not got
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # half the time again
+    os.environ["XLA_FLAGS"] += (
+        " --xla_cpu_use_fusion_emitters=false"  # half the time again
+        " --xla_cpu_parallel_codegen_split_count=1"  # a sixth less: tests have no cores to spare
+    )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # tests run in several processes
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no TPU is asked for

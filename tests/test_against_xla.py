@@ -11,8 +11,8 @@ import pytest
 from jax import tree_util
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
+from processes import run
 from test_benchmarks import BENCHMARKS, scripts
-from test_examples import run
 
 import gspmd
 

@@ -15,7 +15,7 @@ import pytest
 from jax import tree_util
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_examples import run
+from processes import run
 
 import gspmd
 from gspmd import hlo

@@ -1,7 +1,6 @@
 """The command line: what it prints, its exit codes, and that an error is one clear sentence."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import environment
 from typer.testing import CliRunner
 
 from gspmd.cli import app, chart, load, show
 from gspmd.cli.terminal import InputError, printable
 
-ROOT = Path(__file__).parent.parent
 FILE = """
 import functools
 
@@ -141,12 +140,11 @@ def gspmd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
 
 
 def in_process(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, without the device count that tests have."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "COLUMNS", "NO_COLOR")}
+    """The command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "gspmd", *args],
         cwd=cwd,
-        env={**kept, "PYTHONPATH": str(ROOT), **env},
+        env=environment(**env),
         capture_output=True,
         text=True,
         check=False,
@@ -353,12 +351,11 @@ TRAIN = ("train", "transformer", "--mesh", "data=3", "--batch", "6", "--seq", "1
 
 def test_train_stops_and_goes_on(tmp_path: Path) -> None:
     """Ctrl-C leaves a checkpoint and says how to go on from it."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
     kept = ("--checkpoint", "run", "--save-every", "4000")
     running = subprocess.Popen(
         [sys.executable, "-m", "gspmd", *TRAIN, *kept, "--steps", "5000"],
         cwd=tmp_path,
-        env=env,
+        env=environment(),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

@@ -1,14 +1,11 @@
 """Each example runs as a user would run it, and prints its point."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import ROOT, run
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LONGEST = 70  # lines; an example is read in one go
 
@@ -57,21 +54,6 @@ SHOWN = {
         r"^params/up is f32\[4,1024,4096@model\]$",
     ],
 }
-
-
-def run(script: Path, *args: str, cwd: Path = ROOT) -> str:
-    """What a script prints, run on its own: warnings are errors, devices are its own matter."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script), *args],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_every_example_is_listed() -> None:

@@ -53,7 +53,7 @@ def unpartitioned(name: str) -> list[float]:
     [
         # More devices than heads.
         pytest.param("data=1,model=8", "2d", "plain", marks=pytest.mark.exhaustive),
-        ("data=8,model=1", "fsdp", "plain"),
+        pytest.param("data=8,model=1", "fsdp", "plain", marks=pytest.mark.exhaustive),
         ("data=2,model=4", "2d", "plain"),
         pytest.param("data=2,model=4", "tensor", "dropout", marks=pytest.mark.exhaustive),
         pytest.param("data=2,fsdp=2,model=2", "2d", "plain", marks=pytest.mark.exhaustive),

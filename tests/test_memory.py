@@ -13,8 +13,8 @@ import optax
 import pytest
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
+from processes import run
 from test_benchmarks import BENCHMARKS
-from test_examples import run
 
 import gspmd
 from gspmd.evaluate import evaluate

@@ -339,7 +339,7 @@ def products(data: st.DrawFn) -> tuple[str, list[tuple[int, ...]], list[P], P, s
 
 
 @hypothesis.given(products(), st.sampled_from([TPU, GPU]))
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=20)
 def test_drawn_products(case: Any, target: Target) -> None:
     text, shapes, in_specs, out_specs, mesh = case
     args = [draw(*shape) for shape in shapes]

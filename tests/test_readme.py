@@ -12,7 +12,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import processes
+from processes import ROOT
+
 README = ROOT / "README.md"
 
 BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -34,14 +36,11 @@ def environment(folder: Path) -> dict[str, str]:
     command = folder / "gspmd"
     command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m gspmd "$@"\n')
     command.chmod(0o755)
-    kept = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
-    return {
-        **kept,
-        "JAX_PLATFORMS": "cpu",
-        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
+    return processes.environment(
+        JAX_PLATFORMS="cpu",
+        PATH=f"{folder}{os.pathsep}{os.environ['PATH']}",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
 
 
 def run_python(blocks: list[tuple[str, str]], folder: Path) -> list[str]:

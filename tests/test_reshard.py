@@ -178,7 +178,7 @@ def some_pairs(name: str, count: int) -> list[tuple[Sharding, Sharding]]:
 def test_values_arrive(name: str, shape: tuple[int, ...]) -> None:
     """One program reshards one matrix, or a sum that is still owed, in many ways."""
     mesh = MESHES[name]
-    cases = some_pairs(name, 40)
+    cases = some_pairs(name, 25)
     x = np.random.default_rng(0).integers(-9, 9, (mesh.devices, *shape)).astype(np.float32)
     sources = list(dict.fromkeys(src for src, _ in cases))
 

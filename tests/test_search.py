@@ -33,7 +33,7 @@ def plan(program: DrawnProgram, effort: int) -> gspmd.Plan:
 
 @pytest.mark.parametrize("effort", [0, 2])  # 1 is what all other tests plan with
 @hypothesis.given(program=programs())
-@hypothesis.settings(max_examples=12)
+@hypothesis.settings(max_examples=8)
 def test_values_are_those_of_the_whole_program(effort: int, program: DrawnProgram) -> None:
     assert_equivalent(
         program,

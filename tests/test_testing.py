@@ -16,6 +16,7 @@ import pytest
 from hypothesis.vendor.pretty import pretty
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+from processes import ROOT, run
 
 import gspmd
 from gspmd import P
@@ -35,7 +36,6 @@ from gspmd.testing.examples import Examples
 from gspmd.testing.program import Step
 from gspmd.testing.shrunk import shrunken_sizes
 
-ROOT = Path(__file__).parent.parent
 MESH = "x=2,y=2"
 
 
@@ -237,9 +237,7 @@ def cumulative() -> DrawnProgram:
 def test_a_script_runs_by_itself(tmp_path: Path) -> None:
     path = tmp_path / "example.py"
     path.write_text(cumulative().script(grad=True, on="devices"))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    environment.pop("XLA_FLAGS")
-    subprocess.run([sys.executable, "-W", "error", path], check=True, env=environment)
+    run(path)
 
 
 def test_a_wrong_rule_is_found_and_its_script_shows_it(

@@ -27,7 +27,8 @@ _SCRIPT = '''\
 
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count={devices}")
+flags = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = flags + " --xla_force_host_platform_device_count={devices}"
 
 import gspmd.testing
 import jax
