@@ -293,12 +293,12 @@ class Plan:
           MeshError: chip or topology is unknown, the mesh does not fit, the chip has no peak for
             the program's dtype, or a loop has no bound.
         """
-        from gspmd import report  # with all that is known of hardware, which planning does without
+        from gspmd import performance  # and all known of hardware, which planning does without
 
-        work = report.Work(
+        work = performance.Work(
             self.name, self.program, self.model, self.mesh, self.user_mesh, self.traced.donated
         )
-        return report.of(work, chip, topology, asynchronous, trips)
+        return performance.of(work, chip, topology, asynchronous, trips)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The leaves of a call's arguments, if they are of the plan's structure and types.

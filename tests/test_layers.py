@@ -43,6 +43,7 @@ LAYERS = (
     ("gspmd.bubble", "gspmd.compiled", "gspmd.cost", "gspmd.memory", "gspmd.run", "gspmd.stages"),
     ("gspmd.pipeline",),
     ("gspmd.report",),
+    ("gspmd.performance",),
     ("gspmd.plan",),
     ("gspmd.planner",),
     ("gspmd.partitioned",),
