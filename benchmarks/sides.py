@@ -40,11 +40,15 @@ Call = Callable[..., Any]
 
 @dataclasses.dataclass
 class Side:
-    """One compiled program: what a device sends by kind, in how many collectives a call."""
+    """One compiled program: what a device sends by kind, in how many collectives a call.
+
+    `live` and `reported` bytes of a device's memory are those of `memory.py`.
+    """
 
     sent: dict[str, float]
     collectives: int
-    peak: float
+    live: float
+    reported: float
     flops: float  # of one device, a loop's body once
     compile_seconds: float
     seconds: float | None = None  # a call, where it can run
@@ -154,7 +158,7 @@ def _side(compiled: jax.stages.Compiled, seconds: float) -> Side:
         sent[one.kind] += one.bytes * one.trips
     memory = compiled.memory_analysis()
     assert memory is not None
-    peak = (
+    reported = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
@@ -164,7 +168,8 @@ def _side(compiled: jax.stages.Compiled, seconds: float) -> Side:
     return Side(
         dict(sent),
         sum(one.trips for one in found if one.bytes),
-        peak,
+        float(memory.peak_memory_in_bytes),
+        reported,
         float((compiled.cost_analysis() or {}).get("flops", 0)),
         seconds,
         largest=[_told(one) for one in largest],
