@@ -26,6 +26,7 @@ from gspmd._compat import is_tracer
 from gspmd.annotate import annotate
 from gspmd.bubble import At, Step, Ticks, either, guarded
 from gspmd.findings import PIPELINE
+from gspmd.rules.pointwise import is_pointwise
 from gspmd.stages import PipelineError, leading
 
 Schedule = Literal["gpipe", "circular"]
@@ -33,8 +34,8 @@ Policy = Callable[..., Any]
 
 MOVES = frozenset(
     {
-        "broadcast_in_dim", "convert_element_type", "dynamic_slice", "gather", "gspmd_annotate",
-        "name", "reshape", "slice", "squeeze", "transpose",
+        "broadcast_in_dim", "dynamic_slice", "gather", "gspmd_annotate", "reshape", "slice",
+        "squeeze", "transpose",
     }
 )  # fmt: skip
 """Primitives that compute nothing."""
@@ -72,7 +73,8 @@ def pipeline(
       schedule: "gpipe", or "circular", which goes round.
       repeats: how often a microbatch goes round, in a circular pipeline.
       remat: keep for the backward pass only what goes from stage to stage; or the policy of
-        `jax.checkpoint` that says what to keep besides.
+        `jax.checkpoint` that says what to keep besides. By default products, sums and the like are
+        kept, and what is computed entry by entry is computed again.
       sides: pytree of arrays with an entry for each microbatch, which all stages see: masks,
         positions, the encoder's output.
       cache: pytree of arrays with the leading dims of `stage_params` and one of microbatches: what
@@ -148,7 +150,7 @@ def _stages(
         y, *new = jax.vmap(fn)(*given)
         return y, either(at.valid, dict(zip(old, new, strict=True)), old)
 
-    policy = remat if callable(remat) else None if remat else _is_computed
+    policy = remat if callable(remat) else None if remat else _is_dear
     run = jax.checkpoint(run, prevent_cse=False, policy=policy)
 
     def stages(params: Any, x: Any, held: dict[str, Any], at: At) -> tuple[Any, dict[str, Any]]:
@@ -163,12 +165,14 @@ def _stages(
     return stages
 
 
-def _is_computed(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether to keep what a primitive makes for the backward pass.
+def _is_dear(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether to keep what a primitive makes for the backward pass, rather than make it again.
 
-    Else what a tick picks of the weights, or makes masks of, would be kept for each tick.
+    What is kept is kept for each tick. What a tick picks of the weights, or makes masks of, would
+    take more memory than the activations; and what takes one operation an entry is made sooner than
+    it is written and read.
     """
-    return primitive.name not in MOVES
+    return primitive.name not in MOVES and not is_pointwise(primitive.name)
 
 
 _at = functools.partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)

@@ -24,7 +24,7 @@ from gspmd.optimize.hoist import hoist
 from gspmd.optimize.narrow import narrow
 from gspmd.optimize.scatter import scatter
 from gspmd.optimize.share import share
-from gspmd.optimize.transposes import transpose_sums
+from gspmd.optimize.transposes import fewer_transposes
 from gspmd.options import ROOM, TARGETS, Options
 from gspmd.printing import show
 from gspmd.search import search
@@ -502,8 +502,8 @@ CASES: dict[str, tuple[Pass, Callable[[Builder], Program], str]] = {
           %4: f32[8@x] = add %2, %3
           return %4
         """),
-    "transpose_sums reduces what comes out of a product": (
-        transpose_sums, a_sum_transposed_first, """
+    "fewer_transposes reduces what comes out of a product": (
+        fewer_transposes, a_sum_transposed_first, """
         program (x: f32[8@x,2,3])
           %0: f32[2,3]+x = reduce_sum[axis=0] x
           #1 %1: f32[2,3] = all_reduce[x] %0
@@ -562,7 +562,7 @@ def test_a_transpose_that_others_read_stays() -> None:
     (turned,) = before.ops[1].outs
     owed = b.op("neg", [turned], b.value((3, 2), ((), ()), ("x",)), lax.neg)
     both = b.done(*values_of(before.outs), owed)
-    assert show(transpose_sums(both, X4)) == show(both)
+    assert show(fewer_transposes(both, X4)) == show(both)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from gspmd.optimize.narrow import narrow
 from gspmd.optimize.overlaps import overlaps
 from gspmd.optimize.scatter import scatter
 from gspmd.optimize.share import share
-from gspmd.optimize.transposes import transpose_sums
+from gspmd.optimize.transposes import fewer_transposes
 from gspmd.options import Options, Target
 from gspmd.sharding import Mesh
 
@@ -31,7 +31,7 @@ def passes(options: Options, target: Target) -> tuple[Pass, ...]:
         functools.partial(keep, room=options.keep),
         drop_unused,
         *overlaps(options, target),
-        *((transpose_sums,) if target.platform == "cpu" else ()),
+        *((fewer_transposes,) if target.platform == "cpu" else ()),
         functools.partial(combine, small=SMALL[target.platform]),
     )
 

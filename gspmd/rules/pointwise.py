@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from gspmd.ir import Literal, Op
-from gspmd.rules.factor import Dims, FactorRule, Factors, Split, rule
+from gspmd.rules.factor import RULES, Dims, FactorRule, Factors, Split, rule
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -80,6 +80,16 @@ def select_n(op: Op) -> FactorRule:
 def convert_element_type(op: Op) -> FactorRule:
     exact = holds(op.outs[0].dtype, op.ins[0].dtype)
     return pointwise(op, linear=((0,),) if exact else ())
+
+
+ENTRY_BY_ENTRY = (
+    unary, nary, linear_unary, jointly_linear, bilinear, div, select_n, convert_element_type
+)  # fmt: skip
+
+
+def is_pointwise(primitive: str) -> bool:
+    """Whether an entry of its result takes one operation on entries at the same place."""
+    return primitive in RULES and RULES[primitive].factors in ENTRY_BY_ENTRY
 
 
 def holds(wide: Any, narrow: Any) -> bool:
