@@ -67,7 +67,7 @@ class Config(transformer.Config):
 
 
 _TINY = Config(
-    vocab=256, layers=2, model_dim=64, hidden_dim=128, heads=4, head_dim=16, seq=64, experts=8,
+    vocab=256, layers=2, model_dim=32, hidden_dim=64, heads=4, head_dim=8, seq=64, experts=16,
     group_size=256, dtype=jnp.float32, remat=False,
 )  # fmt: skip
 _01B = Config(layers=12, model_dim=768, hidden_dim=3072, heads=12, head_dim=64)
@@ -81,12 +81,13 @@ def _experts(config: Config, experts: int) -> Config:
 
 CONFIGS: Mapping[str, Config] = MappingProxyType(
     {
-        # bytes as tokens; trained on a CPU in minutes
+        # bytes as tokens; trained on a CPU in minutes, and so narrow that it soon lacks room for
+        # what there is to learn, which is what experts have
         "tiny": _TINY,
         # without experts, and as much work for each token: 3 M H' twice, for 4 M H and 3 M H
-        "tiny_dense": dataclasses.replace(_experts(_TINY, 0), hidden_dim=128 * 7 // 6),
+        "tiny_dense": dataclasses.replace(_experts(_TINY, 0), hidden_dim=64 * 7 // 6),
         "small": dataclasses.replace(
-            _TINY, layers=4, model_dim=128, hidden_dim=256, heads=8, seq=128, experts=16
+            _TINY, layers=4, model_dim=128, hidden_dim=256, heads=8, head_dim=16, seq=128
         ),
         # the paper's Table 4, with the dense model of each size
         "0.1B": _experts(_01B, 0),

@@ -202,8 +202,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             learning_rate=1e-3,
         ),
         "glam": Recipe(
-            text_task, "tiny", "data=4,model=2", "expert_2d", batch_size=16, steps=1000,
-            learning_rate=3e-3,
+            text_task, "tiny", "data=4,model=2", "expert_2d", batch_size=16, steps=2000,
+            learning_rate=4e-3, falls=0.3,
         ),
         "vmoe": Recipe(
             image_task, "digits", "data=8", "expert", batch_size=128, steps=600,

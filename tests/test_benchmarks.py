@@ -1,6 +1,8 @@
 """The benchmarks run, and count what XLA sends as the plan counts what it sends itself."""
 
+import dataclasses
 import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator
@@ -283,3 +285,21 @@ def test_what_a_measurement_dies_of_is_left_out_and_told(scripts: Any) -> None:
     }
     with pytest.raises(SystemExit, match=r"measuring 3 fails .* ValueError: not to be measured"):
         scripts.worker.measure_all(command, environment, [0, 3, 4])
+
+
+# ------------------------------------------------------------------------------------ headline.py
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu")
+@pytest.mark.exhaustive
+def test_a_run_is_told_as_planned_and_as_compiled(scripts: Any) -> None:
+    small = scripts.published.Run(
+        "small", "", "tpu-v5e:2x4", "glam", "tiny", {"data": 4, "model": 2}, 16, "expert_2d"
+    )
+    told = scripts.headline.describe(small)
+    assert told.startswith("small by expert_2d on data=4, model=2, tpu-v5e:2x4\nplanned:  0.0")
+    assert re.search(r"^compiled: 0\.\d+ GB sent .*\nkept: \d+, 0\.0", told, re.MULTILINE)
+    assert "all_to_all over 4: " in told
+    none_such = dataclasses.replace(small, topology="tpu-v5e:4x4")
+    with pytest.raises(gspmd.GspmdError, match="has 8 devices, the topology has 16"):
+        scripts.headline.describe(none_such)

@@ -17,6 +17,7 @@ from gspmd.models import glam, text, transformer
 from gspmd.models.blocks import Mixture, ModelError
 from gspmd.models.glam import CONFIGS, RULES, Config, rules_for
 from gspmd.models.routing import ROUTERS, Top2
+from gspmd.models.tasks import RECIPES
 from gspmd.models.training import TrainConfig, init_state, make_optimizer, make_step
 from gspmd.testing import assert_equivalent
 
@@ -286,11 +287,13 @@ def test_experts_that_do_not_split_evenly_are_padded(experts: int, mesh: str):
 @pytest.mark.exhaustive
 def test_experts_learn_more_than_a_dense_model_of_the_same_work_and_share_it():
     """On the source code of the standard library, held out: a lower loss, and an even load."""
-    library = text.standard_library()
+    library, recipe = text.standard_library(), RECIPES["glam"]
+    decay = round(recipe.falls * recipe.steps)
+    schedule = TrainConfig(recipe.steps, learning_rate=recipe.learning_rate, decay=decay)
 
     def held_out(name: str) -> dict[str, jax.Array]:
         config = CONFIGS[name]
-        optimizer = make_optimizer(TrainConfig(learning_rate=3e-3))
+        optimizer = make_optimizer(schedule)
         step = make_step(functools.partial(glam.loss, config), optimizer, 0)
         fresh = functools.partial(init_state, functools.partial(glam.init, config), optimizer, 0)
 
@@ -304,12 +307,13 @@ def test_experts_learn_more_than_a_dense_model_of_the_same_work_and_share_it():
             return jax.tree.map(lambda *xs: np.stack(xs), *batches)
 
         state = jax.jit(fresh)()
-        for first in range(0, 1500, 50):
-            state = steps(state, draw(library.train, 0, first, 50, 16))
+        for first in range(0, schedule.steps, 50):
+            state = steps(state, draw(library.train, 0, first, 50, recipe.batch_size))
         evaluate = functools.partial(glam.evaluate, config, state["params"])
         rows = draw(library.held_out, 1, 0, 8, 64)
         return jax.tree.map(jnp.mean, jax.jit(lambda rows: jax.lax.map(evaluate, rows))(rows))
 
     dense, sparse = held_out("tiny_dense"), held_out("tiny")
-    assert sparse["cross_entropy"] < dense["cross_entropy"] < 1.6
+    # 0.066 to 0.077 less, with three seeds
+    assert sparse["cross_entropy"] + 0.04 < dense["cross_entropy"] < 1.6
     assert 0.99 < sparse["routers"] / 0.01 < 1.15
