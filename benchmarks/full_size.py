@@ -4,6 +4,7 @@ One row a configuration: its parameters, the devices it was published with (or s
 where those are not published: see "chosen"), the mesh and the strategy, CPU time of planning,
 how many findings it has, and what one device holds and sends in a step. Utilization is predicted,
 beside the published one where there is one; see `utilization_table.py` for how it is counted.
+The whole takes 5 minutes of one core. `headline.py` compiles four of them.
 
     python benchmarks/full_size.py [part of a name ...]
 """

@@ -1,6 +1,5 @@
 """The benchmarks run, and count what XLA sends as the plan counts what it sends itself."""
 
-import dataclasses
 import importlib
 import importlib.util
 import re
@@ -300,6 +299,3 @@ def test_a_run_is_told_as_planned_and_as_compiled(scripts: Any) -> None:
     assert told.startswith("small by expert_2d on data=4, model=2, tpu-v5e:2x4\nplanned:  0.0")
     assert re.search(r"^compiled: 0\.\d+ GB sent .*\nkept: \d+, 0\.0", told, re.MULTILINE)
     assert "all_to_all over 4: " in told
-    none_such = dataclasses.replace(small, topology="tpu-v5e:4x4")
-    with pytest.raises(gspmd.GspmdError, match="has 8 devices, the topology has 16"):
-        scripts.headline.describe(none_such)
