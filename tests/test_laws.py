@@ -29,9 +29,26 @@ def holds(check: Examples, seed: int, examples: int, drawn: Any, **options: Any)
     @hypothesis.settings(max_examples=examples, report_multiple_bugs=False)
     @hypothesis.given(drawn)
     def law(program: DrawnProgram) -> None:
-        check(program, **options)
+        try:
+            check(program, **options)
+        except jax.errors.JaxRuntimeError:
+            if runs_whole(program):
+                raise
+            hypothesis.reject()
 
     law()
+
+
+def runs_whole(program: DrawnProgram) -> bool:
+    """Whether XLA runs it for one device.
+
+    On CPU it fails where an FFT feeds a triangular solve, whose layout it takes on and cannot have.
+    """
+    try:
+        jax.block_until_ready(jax.jit(program)(*program.args))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("seed", range(8))
