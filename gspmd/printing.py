@@ -16,7 +16,7 @@ from gspmd.sharding import show_axes, show_dtype
 
 SHOWN_PARAMS = (
     "axes", "axis", "dim", "dimension", "dimensions", "permutation", "new_dtype", "split_dim",
-    "concat_dim", "src", "dst", "reduction", "length", "k", "y", "bit_width",
+    "concat_dim", "src", "dst", "reduction", "length", "unroll", "k", "y", "bit_width",
 )  # fmt: skip
 AXES_PARAMS = ("src", "dst")
 MANY = 4  # pairs of devices shown of one permutation
@@ -85,7 +85,13 @@ def _params(op: Op) -> str:
             k: v for k, v in op.params.items() if k != "axes" and (k, v) != ("reduction", "sum")
         }
         return f"[{show_axes(op.params['axes'])}]" + _list(rest)
-    return _list({k: v for k, v in op.params.items() if k in SHOWN_PARAMS and v is not None})
+    return _list(
+        {
+            k: v
+            for k, v in op.params.items()
+            if k in SHOWN_PARAMS and v is not None and (k, v) != ("unroll", 1)
+        }
+    )
 
 
 def _list(params: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from gspmd.optimize.narrow import narrow
 from gspmd.optimize.scatter import scatter
 from gspmd.optimize.share import share
 from gspmd.optimize.transposes import fewer_transposes
+from gspmd.optimize.unroll import SHORT, unroll
 from gspmd.options import ROOM, TARGETS, Options
 from gspmd.printing import show
 from gspmd.search import search
@@ -264,6 +265,50 @@ def a_sum_transposed_first(b: Builder) -> Program:
                   permutation=(1, 0))  # fmt: skip
     whole = b.value((3, 2), ((), ()))
     return b.done(b.op("all_reduce", [turned], whole, axes=("x",), reduction="sum"))
+
+
+def a_product_transposed(b: Builder) -> Program:
+    x, w = b.arg("x", (2, 8, 3), "", "x", ""), b.arg("w", (2, 3, 4), "", "", "")
+    made = b.op(
+        "dot_general", [x, w], b.value((2, 8, 4), ((), ("x",), ())), lax.dot_general,
+        dimension_numbers=(((2,), (1,)), ((0,), (0,))), precision=None,
+        preferred_element_type=None,
+    )  # fmt: skip
+    return b.done(
+        b.op("transpose", [made], b.value((2, 4, 8), ((), (), ("x",))), lax.transpose,
+             permutation=(0, 2, 1))
+    )  # fmt: skip
+
+
+def dims_of_size_one_moved(b: Builder) -> Program:
+    x = b.arg("x", (3, 4, 5), "", "x", "")
+    return b.done(
+        b.op("transpose", [x], b.value((4, 3, 5), (("x",), (), ())), lax.transpose,
+             permutation=(1, 0, 2))
+    )  # fmt: skip
+
+
+def loops_in_a_loop(*lengths: int) -> Callable[[Builder], Program]:
+    """Each after the other."""
+
+    def loop(x: Value, out: Value, length: int, body: Program) -> Op:
+        params = {"num_consts": 0, "num_carry": 1, "length": length, "reverse": False, "unroll": 1}
+        return Op("scan", (x,), (out,), params, bodies=(body,))
+
+    def build(b: Builder) -> Program:
+        fresh = lambda: b.value((8,), (("x",),))  # noqa: E731
+        ops: list[Op] = []
+        carry = x = fresh()
+        for length in lengths:
+            old, new, out = fresh(), fresh(), fresh()
+            step = Op("add", (old, old), (new,), call=lambda x, y: x + y)
+            ops.append(loop(x, out, length, Program((old,), (step,), (new,))))
+            x = out
+        given, out = b.arg("x", (8,), "x"), fresh()
+        b.ops.append(loop(given, out, 2, Program((carry,), tuple(ops), (x,))))
+        return b.done(out)
+
+    return build
 
 
 def a_sum_used_early(b: Builder) -> Program:
@@ -509,6 +554,37 @@ CASES: dict[str, tuple[Pass, Callable[[Builder], Program], str]] = {
           #1 %1: f32[2,3] = all_reduce[x] %0
           %2: f32[3,2] = transpose[permutation=(1,0)] %1
           return %2
+        """),
+    "fewer_transposes swaps the operands of a product": (
+        fewer_transposes, a_product_transposed, """
+        program (x: f32[2,8@x,3], w: f32[2,3,4])
+          %0: f32[2,4,8@x] = dot_general w, x
+          return %0
+        """),
+    "fewer_transposes moves nothing where dims have size one": (
+        fewer_transposes, dims_of_size_one_moved, """
+        program (x: f32[3,4@x,5])
+          %0: f32[4@x,3,5] = reshape x
+          return %0
+        """),
+    "unroll marks the short loops in a loop": (unroll, loops_in_a_loop(1, SHORT, SHORT + 1), """
+        program (x: f32[8@x])
+          %0: f32[8@x] = scan[length=2] x
+            body (%1: f32[8@x])
+              %2: f32[8@x] = scan[length=1] %1
+                body (%3: f32[8@x])
+                  %4: f32[8@x] = add %3, %3
+                  return %4
+              %5: f32[8@x] = scan[length=4 unroll=4] %2
+                body (%6: f32[8@x])
+                  %7: f32[8@x] = add %6, %6
+                  return %7
+              %8: f32[8@x] = scan[length=5] %5
+                body (%9: f32[8@x])
+                  %10: f32[8@x] = add %9, %9
+                  return %10
+              return %8
+          return %0
         """),
     "combine keeps a sum behind the sum that it needs": (combine, one_sum_of_another, """
         program (x: f32[8@x,4])

@@ -14,6 +14,7 @@ from gspmd.optimize.overlaps import overlaps
 from gspmd.optimize.scatter import scatter
 from gspmd.optimize.share import share
 from gspmd.optimize.transposes import fewer_transposes
+from gspmd.optimize.unroll import unroll
 from gspmd.options import Options, Target
 from gspmd.sharding import Mesh
 
@@ -31,7 +32,7 @@ def passes(options: Options, target: Target) -> tuple[Pass, ...]:
         functools.partial(keep, room=options.keep),
         drop_unused,
         *overlaps(options, target),
-        *((fewer_transposes,) if target.platform == "cpu" else ()),
+        *((fewer_transposes, unroll) if target.platform == "cpu" else ()),
         functools.partial(combine, small=SMALL[target.platform]),
     )
 

@@ -1,0 +1,143 @@
+"""What does not fit into a pipeline is said, with both numbers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from pipelines import SCHEDULES, array
+
+import gspmd
+from gspmd import PipelineError
+
+
+def piped(w: Any = None, x: Any = None, fn: Any = None, **options: Any) -> Any:
+    w = array(2, 8, 8) if w is None else w
+    x = array(4, 3, 8) if x is None else x
+    fn = fn or (lambda w, x, *more: (jnp.tanh(x @ w), *more) if more else jnp.tanh(x @ w))
+    return gspmd.pipeline(fn, w, x, **{"stages": 2, **options})
+
+
+WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "stages": (
+        lambda: piped(array(3, 8, 8)),
+        r"^stage_params has 3 entries in dim 0, but there are 2 stages: give one for each; "
+        r"gspmd.stack_stages deals out layers to stages\.$",
+    ),
+    "rounds": (
+        lambda: piped(array(2, 3, 8, 8), schedule="circular", repeats=4),
+        r"^stage_params has 3 entries in dim 1, but there are 4 repeats: give one for each; ",
+    ),
+    "no dim of rounds": (
+        lambda: piped(array(2), schedule="circular", repeats=4),
+        r"^stage_params has shape \(2,\): it needs a dim 1\.$",
+    ),
+    "parameters that differ": (
+        lambda: piped({"a": array(2, 8), "b": array(3, 8)}),
+        r"^stage_params\['a'\] has 2 entries in dim 0, stage_params\['b'\] has 3; they must be ",
+    ),
+    "sides": (
+        lambda: piped(sides=array(3, 8)),
+        r"^sides has 3 entries in dim 0, but there are 4 microbatches: give one for each\.$",
+    ),
+    "cache": (
+        lambda: piped(cache=array(2, 3, 8)),
+        r"^cache has 3 entries in dim 1, but there are 4 microbatches: give one for each\.$",
+    ),
+    "state": (
+        lambda: piped(state=array(3, 8)),
+        r"^state has 3 entries in dim 0, but there are 2 stages: give one for each; ",
+    ),
+    "no microbatch": (
+        lambda: piped(x=array(0, 3, 8)),
+        r"^microbatches holds none: give arrays with an entry for each\.$",
+    ),
+    "nothing at all": (
+        lambda: piped(x={}),
+        r"^microbatches holds none: give arrays with an entry for each\.$",
+    ),
+    "another shape": (
+        lambda: piped(fn=lambda w, x: (x @ w)[:, :5]),
+        r"^stage_fn returns float32\[3, 5\] for its input of float32\[3, 8\]; every stage's output "
+        r"is another's input\. Put what changes the shape, such as embedding and softmax, before ",
+    ),
+    "another dtype": (
+        lambda: piped(fn=lambda w, x: (x @ w).astype(jnp.bfloat16)),
+        r"^stage_fn returns bfloat16\[3, 8\] for its input of float32\[3, 8\]; ",
+    ),
+    "another structure": (
+        lambda: piped(fn=lambda w, x: {"y": x}),
+        r"^stage_fn returns PyTreeDef\(\{'y': \*\}\) for its input of structure PyTreeDef\(\*\); ",
+    ),
+    "no state": (
+        lambda: piped(fn=lambda w, x, s: x, state=array(2, 8)),
+        r"^stage_fn must return \(y, state\), since the pipeline has a state\.$",
+    ),
+    "one of two": (
+        lambda: piped(fn=lambda w, x, c, s: (x, c), state=array(2, 8), cache=array(2, 4, 8)),
+        r"^stage_fn must return \(y, cache, state\), since the pipeline has a cache and a state\.$",
+    ),
+    "another state": (
+        lambda: piped(fn=lambda w, x, s: (x, s[:3]), state=array(2, 8)),
+        r"^stage_fn returns float32\[3\] for the state of float32\[8\]; ",
+    ),
+    "schedule": (
+        lambda: piped(schedule="1f1b"),
+        r"^schedule='1f1b': it is 'gpipe' or 'circular'\.$",
+    ),
+    "repeats of gpipe": (
+        lambda: piped(repeats=2),
+        r"^repeats=2 is for schedule='circular'; 'gpipe' goes round once\.$",
+    ),
+    "no stage": (lambda: piped(stages=0), r"^stages=0: it is a whole number, at least 1\.$"),
+    "half a round": (
+        lambda: piped(schedule="circular", repeats=1.5),
+        r"^repeats=1.5: it is a whole number, at least 1\.$",
+    ),
+    "too few rows": (
+        lambda: gspmd.to_microbatches({"x": array(3, 2)}, 4),
+        r"^a batch of 3 rows does not go into 4 microbatches: ask for 1 to 3\.$",
+    ),
+    "rows that differ": (
+        lambda: gspmd.to_microbatches([array(3, 2), array(4, 2)], 2),
+        r"^batch\[0\] has 3 entries in dim 0, batch\[1\] has 4; they must be alike\.$",
+    ),
+    "other rows": (
+        lambda: gspmd.from_microbatches(array(4, 2, 3), 9),
+        r"^9 rows are not what microbatches of shape \(4, 2, 3\) were cut from: that begins with ",
+    ),
+    "no layer": (
+        lambda: gspmd.stack_stages({}, 2),
+        r"^layer_params holds no layer: give arrays with an entry for each\.$",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_said(name: str) -> None:
+    call, message = WRONG[name]
+    with pytest.raises(PipelineError, match=message) as raised:
+        call()
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_an_axis_that_the_mesh_lacks() -> None:
+    message = r"annotate at \S+test_pipeline_misuse.py:\d+.* 'stage'.*data"
+    with pytest.raises(gspmd.SpecError, match=message):
+        gspmd.plan(lambda w, x: piped(w, x), array(2, 8, 8), array(4, 3, 8), mesh="data=2")
+
+
+@pytest.mark.parametrize(
+    ("p", "m", "v", "found"),
+    [
+        (4, 3, 1, "3 microbatches for 4 stages: each stage works in 3 of 6 ticks, and 50 % is"),
+        (4, 2, 2, "2 microbatches for 4 stages: each stage works in 4 of 9 ticks, and 56 % is"),
+        (4, 4, 1, ""),
+    ],
+)
+def test_a_bubble_that_could_be_smaller_is_a_finding(p: int, m: int, v: int, found: str) -> None:
+    w = array(p, v, 8, 8) if v > 1 else array(p, 8, 8)
+    fn = lambda w, x: piped(w, x, stages=p, schedule=SCHEDULES[v], repeats=v)  # noqa: E731
+    plan = gspmd.plan(fn, w, array(m, 3, 8), mesh={"stage": p})
+    assert [finding.code for finding in plan.findings] == ["pipeline-bubble"] * bool(found)
+    assert all(found in finding.message for finding in plan.findings)

@@ -1,0 +1,167 @@
+"""What a plan of a pipeline sends, runs and keeps: as much as its schedule promises."""
+
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from pipelines import (
+    SCHEDULES,
+    array,
+    close,
+    crossing,
+    layers,
+    loss_of,
+    mlp,
+    model,
+    run_in_sequence,
+)
+
+import gspmd
+from gspmd import P, annotate
+from gspmd.ir import Program
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_one_activation_a_tick_goes_from_stage_to_stage(repeats: int) -> None:
+    """Forward and backward; what comes in and goes out does so once, outside of the loop."""
+    p, m, rows, dim = 4, 8, 16, 8
+    w, x = array(p * repeats, dim, dim), array(m, rows // m, dim, seed=1)
+    if repeats > 1:
+        w = w.reshape(repeats, p, dim, dim).swapaxes(0, 1)
+
+    def piped(w: Any, x: Any) -> Any:
+        return gspmd.pipeline(
+            lambda w, x: jnp.tanh(x @ w), w, x, stages=p, schedule=SCHEDULES[repeats],
+            repeats=repeats,
+        )  # fmt: skip
+
+    ticks = repeats * m + p - 1
+    one, all_ = rows // m * dim * 4, rows * dim * 4
+    mesh: dict[str, Any] = {"mesh": {"stage": p}, "in_specs": (P("stage"), None)}
+    permute, out = ("collective_permute", ticks, one), ("all_reduce", 1, all_)
+    assert crossing(gspmd.plan(piped, w, x, **mesh)) == [permute, out]
+    plan = gspmd.plan(loss_of(piped), w, x, **mesh)
+    assert crossing(plan) == [permute, out, permute, out]
+    assert len(plan.collectives) == 4
+    assert not plan.findings
+
+
+@pytest.mark.parametrize(("repeats", "axis"), [(1, 4), (1, 2), (2, 2), (3, 4)])
+def test_devices_run_as_many_stage_steps_as_the_formulas_say(repeats: int, axis: int) -> None:
+    """Counted in the local program: `tanh` is what a stage does."""
+    p, m = 4, 6
+    w = array(p, repeats, 8, 8)[:, : repeats if repeats > 1 else 1]
+    w = w if repeats > 1 else w[:, 0]
+
+    def piped(w: Any, x: Any) -> Any:
+        return gspmd.pipeline(
+            lambda w, x: jnp.tanh(x @ w), w, x, stages=p, schedule=SCHEDULES[repeats],
+            repeats=repeats, remat=True,
+        )  # fmt: skip
+
+    steps = (repeats * m + p - 1) * p // axis  # of which repeats * m * p // axis are not bubble
+    for fn, tanhs, products in ((piped, 1, 1), (loss_of(piped), 2, 4)):
+        plan = gspmd.plan(fn, w, array(m, 2, 8), mesh={"stage": axis}, in_specs=(P("stage"), None))
+        assert executed(plan.program, "tanh") == tanhs * steps
+        assert executed(plan.program, "dot_general") == products * steps
+
+
+def executed(program: Program, name: str) -> int:
+    """How often a device does `name` for one stage: results have a leading dim of stages."""
+    return sum(trips * op.outs[0].shape[0] for op, trips in program.walk() if op.name == name)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_remat_keeps_what_goes_from_stage_to_stage(repeats: int) -> None:
+    """One activation a tick; without it no weights, although stages pick theirs by the tick."""
+    p, m, rows, dim, hidden = 2, 4, 4, 8, 64
+    own = (p,) + (repeats,) * (repeats > 1)
+    w = {"up": array(*own, dim, hidden), "down": array(*own, hidden, dim)}
+    ticks = repeats * m + p - 1
+
+    def kept(remat: bool) -> list[Any]:
+        def piped(w: Any, x: Any, side: Any) -> Any:
+            stage = lambda w, x, side: mlp(w, x) * side  # noqa: E731
+            return gspmd.pipeline(
+                stage, w, x, stages=p, schedule=SCHEDULES[repeats], repeats=repeats,
+                sides=side, remat=remat,
+            )  # fmt: skip
+
+        args = w, array(m, rows, dim), array(m, rows, dim)
+        gradient = jax.grad(lambda *args: jnp.sum(piped(*args) ** 2), (0, 1, 2))
+        specs = (P("stage"), P(None, "batch"), P(None, "batch"))
+        rules = {"batch": "data", "hidden": None}
+        plan = gspmd.plan(gradient, *args, mesh="stage=2,data=2", in_specs=specs, rules=rules)
+        forward = next(op for op in plan.program.ops if op.name == "scan")
+        stacked = forward.outs[forward.params["num_carry"] :]
+        return [x for x in stacked if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+    (boundary,) = kept(remat=True)
+    assert boundary.shape == (ticks, 1, rows // 2, dim)
+    weights = dim * hidden
+    assert all(math.prod(x.shape) < ticks * weights for x in kept(remat=False))
+
+
+def test_the_queue_is_updated_in_place() -> None:
+    """Inputs, outputs, and what waits for its next round: the loop holds them once, uncopied."""
+    p, m, rows, dim = 2, 6, 4, 8
+    mesh = jax.make_mesh((p,), ("stage",), (AxisType.Auto,))
+    apply = functools.partial(gspmd.pipeline, lambda w, x: jnp.tanh(x @ w), stages=p)
+    args = array(p, dim, dim), array(m, rows, dim)
+    text = gspmd.plan(apply, *args, mesh=mesh, in_specs=(P("stage"), None)).compile().as_text()
+    assert text is not None
+    (loop,) = (part for part in re.split(r"\n(?=%|ENTRY)", text) if "collective-permute" in part)
+    queue = rf"f32\[1,{m + 1},{rows},{dim}\]"
+    assert re.search(rf"= {queue}.*dynamic[-_]update[-_]slice", loop)
+    assert not re.search(rf"= {queue}\S* copy\(", loop)
+
+
+def test_planning_does_not_depend_on_microbatches_and_stages() -> None:
+    def ops(p: int, m: int) -> int:
+        args = layers(2 * p), array(2 * m, 8)
+        plan = gspmd.plan(
+            loss_of(model(p, m)), *args, mesh={"stage": p}, in_specs=(P("stage"), None),
+            rules={"batch": None, "hidden": None},
+        )  # fmt: skip
+        return sum(1 for _ in plan.program.walk())
+
+    assert ops(2, 4) == ops(8, 64)
+
+
+def test_embedding_and_softmax_split_the_batch_over_the_stages() -> None:
+    """What enters is gathered once, and what leaves scattered: half of what whole copies take."""
+    vocab, dim, rows, p, m = 16, 8, 32, 2, 4
+
+    def loss(w: Any, tokens: jax.Array, piped: bool = True) -> jax.Array:
+        x = annotate(w["table"][tokens], P("rows", None))
+        if piped:
+            x = annotate(model(p, m)(w["layers"], x), P("rows", None))
+        else:
+            x = run_in_sequence(mlp, w["layers"], x)
+        logits = annotate(x @ w["table"].T, P("rows", None))
+        label = jax.nn.one_hot(tokens, vocab)
+        return -jnp.mean(jnp.sum(label * jax.nn.log_softmax(logits), -1))
+
+    w = {"table": array(vocab, dim), "layers": layers(4)}
+    tokens = jnp.arange(rows) % vocab
+    rules = {"rows": ("data", "stage"), "batch": "data", "hidden": None}
+    specs = ({"table": P(), "layers": P("stage")}, P("rows"))
+    plan = gspmd.plan(
+        jax.value_and_grad(loss), w, tokens, mesh="stage=2,data=2", in_specs=specs, rules=rules
+    )
+    activation, ticks = rows // 2 * dim * 4, m + p - 1
+    over = [c for c in plan.collectives if c.axes == ("stage",)]
+    permutes = [c for c in over if c.kind == "collective_permute"]
+    assert [(c.trips, c.bytes) for c in permutes] == [(ticks, activation / m)] * 2
+    others = [c for c in over if c not in permutes]
+    assert {c.kind for c in others} <= {"all_gather", "all_to_all", "reduce_scatter"}
+    assert [(c.trips, c.wire_bytes) for c in others] == [(1, activation / 2)] * 4
+    close(
+        plan.simulate(w, tokens),
+        jax.value_and_grad(functools.partial(loss, piped=False))(w, tokens),
+    )
