@@ -4,6 +4,7 @@
 
 The first table is that of `against_xla.py`: the same program with the same annotations by this
 library and by `jax.jit`, where the one on the dim of stages is a `with_sharding_constraint` too.
+Its flops are the compiler's count, a loop's body once: of ours, short loops in loops are unrolled.
 
 The second has the time of a training step in a pipeline over that of the same model split by data
 alone, on as many devices. A pipeline also computes in its bubble: it should take the other's time
