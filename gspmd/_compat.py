@@ -9,7 +9,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
-from types import CodeType, TracebackType
+from types import CodeType, MappingProxyType, TracebackType
 from typing import Any
 
 import jax
@@ -21,6 +21,12 @@ from gspmd.ir import Source
 
 # Frames of these distributions are never "the user's line".
 LIBRARIES = frozenset({"jax", "jaxlib", "flax", "optax", "numpy", "chex", "einops", "orbax"})
+
+# Compiler options for programs whose values have many dims. XLA on CPU fuses products for kernels
+# that take no more than seven dims, and ends the process at one of eight (jax-ml/jax#39257).
+MANY_DIMS: Mapping[str, str] = MappingProxyType(
+    {"xla_cpu_experimental_ynn_fusion_type": ""} if jaxlib.__version__.startswith("0.10.") else {}
+)
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _JAX = tuple(os.path.abspath(path) + os.sep for m in (jax, jaxlib) for path in m.__path__)

@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import gspmd
 from gspmd import local, meshes
 from gspmd.collectives import is_collective
 from gspmd.devices import devices_mesh, topology_mesh
@@ -144,6 +145,26 @@ def test_a_mesh_of_64_devices_simulates_on_one() -> None:
     got = simulate(program, mesh, [a, w])
     check(got, expected(a, w))
     assert all(x.sharding.num_devices == 1 for x in got)
+
+
+def test_products_of_attention_simulate_on_a_mesh_of_four_axes() -> None:
+    """A dim for each axis makes eight, more than some kernels of XLA on CPU take."""
+    scores = lambda q, k: jnp.einsum("abmd,abnd->abmn", q, k)  # noqa: E731
+    draw = np.random.default_rng(0).normal
+    q, k = draw(size=(8, 8, 16, 16)).astype(F32), draw(size=(8, 8, 2, 16)).astype(F32)
+    spec = P(("a", "b"), ("c", "d"))
+    plan = gspmd.plan(scores, q, k, mesh="a=2,b=2,c=2,d=2", in_specs=(spec, spec))
+    assert not plan.collectives
+    np.testing.assert_allclose(plan.simulate(q, k), scores(q, k), rtol=1e-5, atol=1e-5)
+
+
+def test_a_simulation_is_part_of_what_is_traced() -> None:
+    x = np.random.default_rng(0).normal(size=(3, 8, 4)).astype(F32)
+    fn = lambda x: jnp.sum(jnp.tanh(x @ x.T))  # noqa: E731
+    simulated = gspmd.plan(fn, x[0], mesh="x=2", in_specs=P("x")).simulate
+    for transform in (jax.jit, jax.grad, lambda f: jax.jit(lambda _: f(x[0]))):
+        np.testing.assert_allclose(transform(simulated)(x[0]), transform(fn)(x[0]), rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(simulated)(x), jax.vmap(fn)(x), rtol=1e-5)
 
 
 def test_what_lies_on_many_devices_simulates_on_one() -> None:
