@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jaxlib
+import jaxlib.version
 from jax._src.core import trace_state_clean
 from jax.core import Tracer
 
@@ -25,7 +26,9 @@ LIBRARIES = frozenset({"jax", "jaxlib", "flax", "optax", "numpy", "chex", "einop
 # Compiler options for programs whose values have many dims. XLA on CPU fuses products for kernels
 # that take no more than seven dims, and ends the process at one of eight (jax-ml/jax#39257).
 MANY_DIMS: Mapping[str, str] = MappingProxyType(
-    {"xla_cpu_experimental_ynn_fusion_type": ""} if jaxlib.__version__.startswith("0.10.") else {}
+    {"xla_cpu_experimental_ynn_fusion_type": ""}
+    if jaxlib.version.__version__.startswith("0.10.")
+    else {}
 )
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
