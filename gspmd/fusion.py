@@ -8,6 +8,7 @@ value of which every reader can take in the computation is computed by each of t
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -42,7 +43,7 @@ IN_PLACE = ("dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "sc
 PICKS = ("gather", "dynamic_slice", "slice")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Fusion:
     """Ops that run as one: `reads` and `writes` are in memory, all else between them is not.
 
@@ -56,7 +57,7 @@ class Fusion:
     writes: tuple[Value, ...]
     replaces: tuple[tuple[Value, ...], ...] = ()
 
-    @property
+    @functools.cached_property
     def root(self) -> Op:
         """The op that gives the first result, and the fusion its name."""
         return next((op for op in self.ops if self.writes[:1] == op.outs[:1]), self.ops[-1])
