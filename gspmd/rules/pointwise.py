@@ -44,6 +44,7 @@ def unary(op: Op) -> FactorRule:
 @rule("eq_to", "le_to", "lt_to", "pow", "rem", "shift_left", "shift_right_arithmetic", "xor")
 @rule("shift_right_logical", "igamma", "igamma_grad_a", "igammac", "polygamma", "zeta")
 @rule("regularized_incomplete_beta", "clamp")
+@rule("polynomial")  # a primitive since JAX 0.12
 def nary(op: Op) -> FactorRule:
     return pointwise(op)
 

@@ -5,6 +5,7 @@ factor is split evenly and unevenly.
 """
 
 import functools
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,7 +130,10 @@ def _other_pointwise() -> Iterator[Sample | Case]:
     yield Case(Op("constraint", (a,), (b,), call=lambda x: x), (x,))
     yield Sample("optimization_barrier", lambda *x: lax.optimization_barrier(x), (x, ints(3)))
     yield Sample("device_put", jax.device_put, (x,))
-    yield Sample("shard_alike", _shard_alike, (x, y))
+    if importlib.util.find_spec("jax.experimental.shard_alike"):  # not since JAX 0.12
+        yield Sample("shard_alike", _shard_alike, (x, y))
+    if hasattr(lax, "polynomial"):  # since JAX 0.12
+        yield Sample("polynomial", lambda x, a: lax.polynomial(x, [1.0, 2.0, a]), (x, y))
 
 
 def _shard_alike(x: Any, y: Any) -> Any:
