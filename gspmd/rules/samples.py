@@ -132,8 +132,9 @@ def _other_pointwise() -> Iterator[Sample | Case]:
     yield Sample("device_put", jax.device_put, (x,))
     if importlib.util.find_spec("jax.experimental.shard_alike"):  # not since JAX 0.12
         yield Sample("shard_alike", _shard_alike, (x, y))
-    if hasattr(lax, "polynomial"):  # since JAX 0.12
-        yield Sample("polynomial", lambda x, a: lax.polynomial(x, [1.0, 2.0, a]), (x, y))
+    polynomial: Any = getattr(lax, "polynomial", None)
+    if polynomial:  # since JAX 0.12
+        yield Sample("polynomial", lambda x, a: polynomial(x, [1.0, 2.0, a]), (x, y))
 
 
 def _shard_alike(x: Any, y: Any) -> Any:
