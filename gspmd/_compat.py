@@ -57,7 +57,7 @@ class Sources:
         The equations of an inner jaxpr do not repeat what surrounds it: `outer` is the source of
         the op that holds it, which also stands in where all frames are a library's.
         """
-        phase = phase_of(eqn, outer.phase if outer else "forward")
+        phase = phase_of(eqn, "forward" if outer is None else outer.phase)
         traceback = eqn.source_info.traceback
         if traceback is None:
             return outer
@@ -65,8 +65,8 @@ class Sources:
         for i, code in enumerate(codes):
             if self._user(code.co_filename):
                 return self._source(traceback, code, offsets[i], phase)
-        if outer is None or outer.phase == phase:
-            return outer
+        if outer is None:
+            return None if phase == "forward" else Source("", 0, phase=phase)
         return dataclasses.replace(outer, phase=phase)
 
     def _source(self, traceback: Any, code: CodeType, offset: int, phase: str) -> Source:

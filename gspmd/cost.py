@@ -1,10 +1,16 @@
 """What one device does in a fusion, and the seconds that takes: work, memory traffic, roofline."""
 
 import bisect
+import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, cast
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from gspmd.fusion import IN_PLACE, PICKS, Fusion
 from gspmd.ir import Op, Program, bytes_of, values_of
@@ -40,7 +46,7 @@ def cost(fusion: Fusion, chip: Chip) -> Cost:
     for op in fusion.ops:
         if (product := product_of(op)) is not None:
             flops += product.flops
-            compute += product_seconds(product, product_dtype(op), chip)
+            compute += slower(op, chip) * product_seconds(product, product_dtype(op), chip)
     moved = traffic(fusion)
     memory = moved / (chip.device_bandwidth * chip.memory_efficiency)
     seconds, bound = max(
@@ -67,8 +73,48 @@ def traffic(fusion: Fusion) -> float:
 
 
 def product_dtype(op: Op) -> Any:
-    """The dtype in which a product is multiplied: the wider of its operands'."""
+    """The dtype in which a product is multiplied: its algorithm's, or its wider operand's."""
+    if (words := _algorithm(op)) and words[0] in _ROUNDS:
+        return np.dtype(_ROUNDS[words[0]])
     return max((x.dtype for x in op.ins[:2]), key=lambda dtype: dtype.itemsize)
+
+
+_ROUNDS: Mapping[str, Any] = MappingProxyType(
+    {"BF16": jnp.bfloat16, "F16": np.float16, "TF32": np.float32, "F32": np.float32}
+)
+"""What an algorithm rounds operands to, by its first word."""
+
+_EXACT = 6
+_PASSES: Mapping[Any, int] = MappingProxyType(
+    {lax.Precision.HIGH: 3, lax.Precision.HIGHEST: _EXACT}
+)
+"""Products of bfloat16 in one of float32, as a TPU makes it; its compiler estimates 3.1 and 5.9."""
+
+
+def _algorithm(op: Op) -> Sequence[str]:
+    """The words of the algorithm that a product names: `["BF16", "BF16", "F32", "X3"]`."""
+    asked = op.params.get("precision")
+    return asked.name.split("_") if isinstance(asked, lax.DotAlgorithmPreset) else ()
+
+
+def slower(op: Op, chip: Chip) -> float:
+    """How many times what it takes by default a product takes at the precision that it asks for.
+
+    A GPU leaves its matrix units at the highest, where they would round.
+    """
+    words = _algorithm(op)
+    if words and words[-1].startswith("X"):
+        return float(words[-1][1:])
+    if product_dtype(op) != np.float32:
+        return 1.0
+    asked = op.params.get("precision")
+    both = cast("tuple[Any, ...]", asked if isinstance(asked, tuple) else ())
+    passes = max((_PASSES.get(one, 1) for one in both), default=1)
+    if words and words[0] == "F32":
+        passes = _EXACT
+    if chip.platform == "tpu":
+        return float(passes)
+    return chip.peak_flops("float32") / chip.exact if chip.exact and passes == _EXACT else 1.0
 
 
 def product_seconds(product: Product, dtype: Any, chip: Chip) -> float:
@@ -108,17 +154,33 @@ def reached(chip: Chip, side: float) -> float:
     return math.exp(math.log(low) + place * math.log(high / low))
 
 
-def products(program: Program) -> Iterator[tuple[Op, Product, int]]:
-    """Every matrix product of a program, with how often it runs (-1: in an unbounded loop)."""
-    for op, trips in program.walk():
+Run = tuple[Op, Product, int]
+"""A product, and how often it runs."""
+
+
+def products(program: Program, times: Callable[[Op], int], runs: int = 1) -> Iterator[Run]:
+    """Every product of a program that runs `runs` times; of branches, of the one with most work.
+
+    `times(op)` is how often the bodies of `op` run.
+    """
+    for op in program.ops:
         if (product := product_of(op)) is not None:
-            yield op, product, trips
+            yield op, product, runs
+        bodies = [list(products(body, times, runs * times(op))) for body in op.bodies]
+        if op.name == "cond":
+            bodies = [max(bodies, key=flops_of)]
+        for body in bodies:
+            yield from body
 
 
-def main_dtype(ops: Iterable[tuple[Op, Product, int]]) -> Any | None:
+def flops_of(runs: Iterable[Run]) -> float:
+    """FLOPs of all runs of products."""
+    return sum(product.flops * runs for _, product, runs in runs)
+
+
+def main_dtype(runs: Iterable[Run]) -> Any | None:
     """The dtype that most of the work is done in; None where there are no products."""
-    work: dict[Any, float] = {}
-    for op, product, trips in ops:
-        dtype = product_dtype(op)
-        work[dtype] = work.get(dtype, 0.0) + product.flops * abs(trips)
-    return max(work, key=lambda dtype: work[dtype], default=None)
+    done: dict[Any, float] = collections.defaultdict(float)
+    for op, product, times in runs:
+        done[product_dtype(op)] += product.flops * times
+    return max(done, key=lambda dtype: done[dtype], default=None)

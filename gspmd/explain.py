@@ -215,7 +215,7 @@ def graph(context: Context, collectives: Sequence[Op]) -> "nx.DiGraph[str]":
             kind="op",
             op=op.name,
             source=str(op.source) if op.source else "",
-            phase=op.source.phase if op.source else "",
+            phase="" if op.source is None else op.source.phase,
             trips=trips,
             collectives=tuple(caused.get(id(op), ())),
         )

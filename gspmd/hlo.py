@@ -79,7 +79,7 @@ def _walk(
             if inside:  # else nobody asks how often it runs
                 times = trips * _trip_count(line, bodies)
                 yield from (dataclasses.replace(s, trips=s.trips * times) for s in inside)
-        elif re.search(r" (fusion|call|conditional|async-start|custom-call)\(", line):
+        elif re.search(r" (fusion|call|call-start|conditional|async-start|custom-call)\(", line):
             branches = ", ".join(_BRANCHES.findall(line))
             for called in _CALLED.findall(line) + re.findall(r"[\w.\-]+", branches):
                 yield from _walk(called, trips, bodies, partitions)

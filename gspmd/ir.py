@@ -22,12 +22,18 @@ NO_PARAMS: Mapping[str, Any] = MappingProxyType({})
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-    """The user's line that an op comes from, and in which part of a training step it runs."""
+    """The user's line that an op comes from, and in which part of a training step it runs.
+
+    It is false where the part is known, but no line, as of the gradient of a user's function.
+    """
 
     file: str
     line: int
     function: str = ""
     phase: str = "forward"  # or "backward", "rematerialized"
+
+    def __bool__(self) -> bool:
+        return bool(self.file)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
@@ -135,7 +141,10 @@ class Program:
     consts: tuple[tuple[Value, Any], ...] = ()
 
     def walk(self) -> Iterator[tuple[Op, int]]:
-        """Every op, bodies included, and how often it runs (-1 inside an unbounded loop)."""
+        """Every op, bodies included, and how often it runs.
+
+        Below 0 it is inside of loops without a bound, and runs as often in each turn of theirs.
+        """
         yield from _walk(self, 1)
 
 
@@ -151,8 +160,9 @@ def _walk(program: Program, trips: int) -> Iterator[tuple[Op, int]]:
         yield op, trips
         if op.bodies:
             inner = trip_count(op)
+            known = abs(trips * inner)
             for body in op.bodies:
-                yield from _walk(body, -1 if trips < 0 or inner < 0 else trips * inner)
+                yield from _walk(body, -known if trips < 0 or inner < 0 else known)
 
 
 def next_id(program: Program) -> int:

@@ -122,10 +122,12 @@ class _Kinds:
 
     def __init__(self, program: Program, donated: Sequence[bool]) -> None:
         self.inputs = frozenset(program.ins)
-        returned = collections.Counter(v.type for v in values_of(program.outs))
         kept: Mapping[Value, Value] = taken_over(program, donated)
-        self.state = {*kept.values()} | {v for v in program.ins if returned[v.type] and v.shape}
         self.forward = self._read_forward(program)
+        # What a training step returns, if only by its type, is state; inference returns no input.
+        trains = any(_phases(op) & _BACKWARD for op in program.ops)
+        returned = {v.type for v in values_of(program.outs)} if trains else set[str]()
+        self.state = {*kept.values(), *(v for v in program.ins if v.type in returned and v.shape)}
         self.shapes = {_whole(v) for v in self.state if v in self.forward}
 
     @staticmethod
@@ -133,8 +135,7 @@ class _Kinds:
         """The inputs that something made before or in the backward pass depends on."""
         wanted: set[Value] = set()
         for op in reversed(program.ops):
-            phases = {inner.source.phase for inner in _all(op) if inner.source is not None}
-            if phases & {"backward", "rematerialized"} or not wanted.isdisjoint(op.outs):
+            if _phases(op) & _BACKWARD or not wanted.isdisjoint(op.outs):
                 wanted.update(values_of(op.ins))
         return frozenset(wanted & set(program.ins))
 
@@ -155,9 +156,17 @@ class _Kinds:
         read = {op.source.phase for op in block.readers if op.source is not None}
         if made == "backward" and _whole(value) in self.shapes:
             return "gradient"
-        if made == "forward" and read & {"backward", "rematerialized"}:
+        if made == "forward" and read & _BACKWARD:
             return "activation"
         return "temporary"
+
+
+_BACKWARD = frozenset(("backward", "rematerialized"))
+
+
+def _phases(op: Op) -> set[str]:
+    """The phases of a training step that `op` and the ops of its bodies are of."""
+    return {inner.source.phase for inner in _all(op) if inner.source is not None}
 
 
 def _whole(value: Value) -> tuple[int, ...]:

@@ -6,18 +6,30 @@ links of the topology allow, and the schedule says which collectives the computa
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from gspmd import meshes
 from gspmd.collectives import axes_of, is_collective, pairs_of
-from gspmd.cost import cost, main_dtype, products
+from gspmd.cost import Run, cost, flops_of, main_dtype, products
 from gspmd.errors import GspmdError, MeshError, nearest
 from gspmd.findings import Finding, Pipeline, pipelines
 from gspmd.fusion import Fusion, fuse
-from gspmd.ir import COLLECTIVES, Op, Program, bytes_of, trip_count
+from gspmd.ir import COLLECTIVES, Op, Program, bytes_of
 from gspmd.memory import memory
 from gspmd.meshes import Chip, Placement, Topology, Traffic, network
-from gspmd.report import CollectiveRow, Flops, OpRow, PipelineRow, Report, Seconds, show_size
+from gspmd.optimize.drop_unused import drop_unused
+from gspmd.report import (
+    CollectiveRow,
+    Flops,
+    OpRow,
+    PipelineRow,
+    Report,
+    Seconds,
+    counted,
+    show_size,
+    without_repeats,
+)  # fmt: skip
 from gspmd.sharding import Mesh, root_axis
 from gspmd.storage import STORAGE
 from gspmd.timeline import Task, schedule
@@ -32,6 +44,15 @@ ASYNCHRONOUS: Mapping[str, tuple[str, ...]] = {
     "cpu": (),
 }
 """The collectives that run while a device of a platform computes."""
+
+UNCOUNTED = frozenset(
+    (
+        "cholesky", "cholesky_update", "eig", "eigh", "fft", "ffi_call", "geqrf", "hessenberg",
+        "householder_product", "lu", "ormqr", "pallas_call", "qr", "schur", "svd",
+        "triangular_solve", "tridiagonal", "tridiagonal_solve",
+    )
+)  # fmt: skip
+"""Ops that compute more than they read, by an algorithm of the library's that runs them."""
 
 SLOW = 0.1
 """The share of a step from which on an axis that crosses slices or nodes is worth a finding."""
@@ -89,6 +110,10 @@ def of(
             f"the plan is for mesh {work.user_mesh}, and the placement for mesh {topology.mesh}; "
             "place the plan's mesh."
         )
+    if trips is not None and (type(trips) is not int or trips < 1):
+        raise GspmdError(
+            f"trips={trips!r}: how often a loop without a bound runs is a whole number, at least 1."
+        )
     kinds = ASYNCHRONOUS[chip.platform] if asynchronous is None else tuple(asynchronous)
     for kind in kinds:
         if not is_collective(kind):
@@ -117,7 +142,8 @@ def report(work: Work, chip: Chip, where: Placement, assumptions: Assumptions) -
     piped = pipelines(work.model)
     timer = _Timer(chip, where.refined(work.mesh), assumptions, _numbers(work.program), piped)
     step = timer.time(work.program, 1)
-    dtype = main_dtype((op, p, _trips(n, assumptions)) for op, p, n in products(work.program))
+    times = functools.partial(_times, assumptions=assumptions)
+    dtype = main_dtype(products(work.program, times))
     return _with_findings(
         Report(
             name=work.name,
@@ -127,7 +153,13 @@ def report(work: Work, chip: Chip, where: Placement, assumptions: Assumptions) -
             devices=work.mesh.devices,
             peak=chip.peak_flops(dtype) if dtype is not None else 0.0,
             dtype=str(dtype) if dtype is not None else "",
-            flops=_flops(work, assumptions, piped),
+            flops=Flops(
+                _model_flops(work, times),
+                *(
+                    sum(row.flops * row.trips for row in rows)
+                    for rows in (timer.ops, counted(timer.ops))
+                ),
+            ),
             seconds=Seconds(
                 step,
                 sum(row.seconds * row.trips for row in timer.ops),
@@ -263,10 +295,6 @@ def _times(op: Op, assumptions: Assumptions) -> int:
     return assumptions.trips
 
 
-def _trips(trips: int, assumptions: Assumptions) -> int:
-    return trips if trips >= 0 else abs(trips) * (assumptions.trips or 1)
-
-
 def _named(fusion: Fusion) -> str:
     """The product of a fusion, else its last op, and how many ops it holds."""
     heavy = [op.name for op in fusion.ops if op.name in ("dot_general", "conv_general_dilated")]
@@ -278,36 +306,39 @@ def _source(op: Op) -> str:
 
 
 def _phase(op: Op) -> str:
-    return op.source.phase if op.source else "boundary"
+    return "boundary" if op.source is None else op.source.phase
 
 
-def _flops(work: Work, assumptions: Assumptions, piped: Iterable[Pipeline]) -> Flops:
-    def total(program: Program, again: bool) -> float:
-        return sum(
-            product.flops * _trips(trips, assumptions)
-            for op, product, trips in products(program)
-            if again or _phase(op) != "rematerialized"
-        )
+def _model_flops(work: Work, times: Callable[[Op], int]) -> float:
+    """What the results need, each product once, and without the bubble of pipelines."""
+    model = drop_unused(work.model, work.mesh)
+
+    def total(program: Program, runs: int) -> float:
+        return flops_of(without_repeats(products(program, times, runs), _place))
 
     idle = sum(
-        pipeline.bubble * total(body, False) * pipeline.ticks * _trips(trips, assumptions)
-        for pipeline in piped
-        for op, trips in _loops(work.model, pipeline)
+        pipeline.bubble * total(body, runs * pipeline.ticks)
+        for pipeline in pipelines(model)
+        for op, runs in _loops(model, pipeline, times)
         for body in op.bodies
     )
-    return Flops(
-        total(work.model, False) - idle, total(work.program, True), total(work.program, False)
-    )
+    return total(model, 1) - idle
 
 
-def _loops(program: Program, pipeline: Pipeline) -> Iterator[tuple[Op, int]]:
+def _place(run: Run) -> tuple[str, str]:
+    return _phase(run[0]), _source(run[0])
+
+
+def _loops(
+    program: Program, pipeline: Pipeline, times: Callable[[Op], int]
+) -> Iterator[tuple[Op, int]]:
     """The loops of a pipeline, but not those within them, and how often they run."""
     for op in program.ops:
         if pipeline.runs(op):
             yield op, 1
             continue
         for body in op.bodies:
-            yield from ((loop, n * trip_count(op)) for loop, n in _loops(body, pipeline))
+            yield from ((loop, n * times(op)) for loop, n in _loops(body, pipeline, times))
 
 
 def _findings(made: Report) -> Iterable[Finding]:
@@ -319,9 +350,19 @@ def _findings(made: Report) -> Iterable[Finding]:
             "split more, rematerialize, or take more chips",
             bytes=made.peak_bytes,
         )
+    took: dict[tuple[str, str], float] = collections.defaultdict(float)
+    for op in made.ops:
+        if op.name in UNCOUNTED:
+            took[op.name, op.source] += op.seconds * op.trips
+    for (name, source), seconds in took.items():
+        yield Finding(
+            "uncounted",
+            f"{name} at {source} counts with its memory traffic alone, "
+            f"{100 * seconds / made.seconds.step:.0f} % of a step; what it computes comes on top",
+        )
     slow: dict[str, float] = collections.defaultdict(float)
     for row in made.collectives:
-        for axis in row.axes:
+        for axis in dict.fromkeys(map(root_axis, row.axes)):
             if made.placement.hosts((axis,)):
                 slow[axis] += row.exposed * row.trips
     for axis, seconds in slow.items():

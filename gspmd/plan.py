@@ -44,9 +44,9 @@ class Collective:
     """One collective of a local program.
 
     `bytes` is the size of a device's operand, `wire_bytes` what it sends when the collective runs
-    once; it runs `trips` times a call (-1: inside a loop without a bound). `source` is the user's
-    line, `phase` the part of a training step; `why` tells which shardings met there, and whose they
-    are.
+    once; it runs `trips` times a call (below 0: in each turn of a loop without a bound). `source`
+    is the user's line, `phase` the part of a training step; `why` tells which shardings met there,
+    and whose they are.
     """
 
     number: int
@@ -116,7 +116,7 @@ class Plan:
             wire_bytes=sent_by(op, self.mesh),
             trips=trips,
             source=str(op.source) if op.source else "(boundary)",
-            phase=op.source.phase if op.source else "boundary",
+            phase="boundary" if op.source is None else op.source.phase,
             type=", ".join(x.type for x in op.outs),
             why=explain.why_collective(op, self._context),
         )

@@ -5,8 +5,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from gspmd.cost import Bound
 from gspmd.errors import GspmdError
@@ -43,7 +43,7 @@ class Seconds:
     @property
     def hidden(self) -> float:
         """Communication that runs while the device computes."""
-        return self.communication - self.exposed
+        return max(0.0, self.communication - self.exposed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class CollectiveRow:
 
     @property
     def hidden(self) -> float:
-        return self.seconds - self.exposed
+        return max(0.0, self.seconds - self.exposed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,7 +158,8 @@ class Report:
         return None if mean is None else self.topology.chips * mean * self.seconds.step
 
     def _share(self, flops: float) -> float:
-        return flops / (self.peak * self.seconds.step) if self.seconds.step else 0.0
+        allowed = self.peak * self.seconds.step  # none where there are no products, or no ops
+        return flops / allowed if allowed else 0.0
 
     def why(self, what: str, most: int = 8) -> str:
         """What a number of the report is made of: its largest parts, each with its source line.
@@ -182,7 +183,27 @@ PARTS = (
 )  # fmt: skip
 
 
+T = TypeVar("T")
+
+
+def without_repeats(parts: Iterable[T], place: Callable[[T], tuple[str, str]]) -> list[T]:
+    """`parts` but for those that rematerialization repeats: of lines that ran forward, too.
+
+    `place(part)` is its phase, and its line.
+    """
+    places = [(part, *place(part)) for part in parts]
+    forward = {line for _, phase, line in places if phase == "forward"}
+    return [x for x, phase, line in places if phase != "rematerialized" or line not in forward]
+
+
+def counted(rows: Iterable[OpRow]) -> list[OpRow]:
+    """The rows of which the FLOPs are counted as utilization."""
+    return without_repeats(rows, lambda row: (row.phase, row.source))
+
+
 def _why(made: Report, what: str, most: int) -> str:
+    if what in ("mfu", "hfu", "utilization") and not made.dtype:
+        return f"{what} 0 %: the program has no matrix products, and so no peak to be compared with"
     if what in ("mfu", "hfu", "utilization"):
         flops = {"mfu": made.flops.model / made.devices, "hfu": made.flops.hardware}
         return (
@@ -199,10 +220,10 @@ def _why(made: Report, what: str, most: int) -> str:
     kind, _, name = what.partition(".")
     total = getattr(getattr(made, kind), name)
     if kind == "flops":
+        parts = made.ops if name == "hardware" else counted(made.ops)
         rows = [
             (row.flops * row.trips, row.name, row.type, f"{row.phase}, {row.source}")
-            for row in made.ops
-            if name == "hardware" or row.phase != "rematerialized"
+            for row in parts
         ]
         total = sum(row[0] for row in rows)
         head = _largest("on each device", total, rows, most, lambda x: f"{x:.4g} FLOPs")
@@ -269,7 +290,9 @@ def show(made: Report) -> str:
         (
             "utilization",
             f"MFU {100 * made.mfu:.1f} %, HFU {100 * made.hfu:.1f} %, "
-            f"without rematerialization {100 * made.utilization:.1f} %",
+            f"without rematerialization {100 * made.utilization:.1f} %"
+            if made.dtype
+            else "of no peak: there are no matrix products",
         ),
         (
             "memory",

@@ -59,8 +59,10 @@ class Chip:
     `tile` rows and columns. `efficiency` is what matrix products of cubes reach, of the peak, by
     the side of the cube; `memory_efficiency` what streaming reaches of the bandwidth; `launch` the
     seconds that the smallest op takes, `start` those that the smallest collective takes beyond its
-    hops. `between` is what one device can send to another of the chip, `network` what the chip can
-    send over the network of the hosts; `host` is bytes/s between the chip and its host's memory.
+    hops. `exact` is the FLOP/s of float32 products that round nothing, where those of `peak` do and
+    the chip has units for it. `between` is what one device can send to another of the chip,
+    `network` what the chip can send over the network of the hosts; `host` is bytes/s between the
+    chip and its host's memory.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Chip:
     launch: float
     start: float
     links: Links
+    exact: float | None = None
     between: Port | None = None
     network: Port | None = None
     host: float | None = None
@@ -241,6 +244,7 @@ def _gpu(
     nic: float,
     host: float,
     watts: float,
+    exact: float | None = None,
 ) -> Chip:
     return Chip(
         name=name,
@@ -253,6 +257,7 @@ def _gpu(
         efficiency=_curve(most, teraflops["float16"]),
         memory_efficiency=0.93,  # H100, f32 sum of 2**30: 3.84 of 4.1 ms (scaling book)
         launch=1.5 * _US,  # H100, f32 sum of 64k (scaling book)
+        exact=None if exact is None else exact * _T,
         start=6.6 * _US,  # NCCL, src/graph/tuning.cc: base latency of a ring, LL
         links=nvlink,
         # 24 of 25 GB/s over HDR (NVIDIA/nccl issue 412); NCCL, the same: a step of a ring, LL.
@@ -367,13 +372,14 @@ CHIPS: Mapping[str, Chip] = {
         # most: the best that a search over shapes reached, 271 of 312 TFLOP/s on A100, 794.5 of
         # 989 on H100, "H200 is the same", 1745 of 2250 on B200, 1822 of 2500 on GB200
         # (stas00/ml-engineering, compute/accelerator). None is known for V100: taken as A100's.
+        # The last number is FP32 of the data sheets, beside which `peak` has TF32.
         #                        most   GiB  GB/s  NVLinks                NIC  host  W
         _gpu("v100", _V100,      0.87,   32,  900, _nvlink(6, 20, 16),   12.5,  16,  300),
-        _gpu("a100-40gb", _A100, 0.87,   40, 1555, _nvlink(12, 20, 8),     25,  32,  400),
-        _gpu("a100-80gb", _A100, 0.87,   80, 2039, _nvlink(12, 20, 8),     25,  32,  400),
-        _gpu("h100", _H100,      0.803,  80, 3350, _nvlink(18, 20.6, 8),   50,  64,  700),
-        _gpu("h200", _H100,      0.803, 141, 4800, _nvlink(18, 20.6, 8),   50,  64,  700),
-        _gpu("b200", _B200,      0.776, 180, 8000, _nvlink(18, 40.1, 8),   50,  64, 1000),
-        _gpu("gb200", _GB200,    0.729, 186, 8000, _nvlink(18, 40.1, 72),  50, 450, 1200),
+        _gpu("a100-40gb", _A100, 0.87,   40, 1555, _nvlink(12, 20, 8),     25,  32,  400, 19.5),
+        _gpu("a100-80gb", _A100, 0.87,   80, 2039, _nvlink(12, 20, 8),     25,  32,  400, 19.5),
+        _gpu("h100", _H100,      0.803,  80, 3350, _nvlink(18, 20.6, 8),   50,  64,  700, 66.9),
+        _gpu("h200", _H100,      0.803, 141, 4800, _nvlink(18, 20.6, 8),   50,  64,  700, 66.9),
+        _gpu("b200", _B200,      0.776, 180, 8000, _nvlink(18, 40.1, 8),   50,  64, 1000, 75),
+        _gpu("gb200", _GB200,    0.729, 186, 8000, _nvlink(18, 40.1, 72),  50, 450, 1200, 80),
     )
 }  # fmt: skip

@@ -56,6 +56,18 @@ def test_what_another_program_sends_is_added() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu")
+def test_what_other_cores_of_a_tpu_send_is_kept_too() -> None:
+    """On TPU v7 the compiler has sparse cores run large collectives, as calls that it starts."""
+    x = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16)
+    plan = gspmd.plan(
+        lambda a, b: jax.nn.relu(a @ b) @ b, x, x, mesh={"x": 4, "y": 2}, in_specs=(P("x", "y"),)
+    )
+    found = plan.compare(plan.compile("tpu-v7:2x2x1"))
+    assert [one.kind for one in found.kept] == ["all_reduce", "reduce_scatter"]
+    assert found.added == found.removed == ()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu")
 def test_the_tpu_compiler_says_what_it_kept() -> None:
     plan = gspmd.plan(mlp, *ARGS, mesh={"data": 2, "model": 4}, in_specs=SPECS)
     found = plan.compare(plan.compile("tpu-v5e:2x4"))

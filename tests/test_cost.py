@@ -10,9 +10,9 @@ import pytest
 from jax import lax
 
 import gspmd
-from gspmd.cost import cost, product_seconds, products, reached, traffic
+from gspmd.cost import cost, flops_of, product_seconds, products, reached, traffic
 from gspmd.fusion import fuse
-from gspmd.ir import Program
+from gspmd.ir import Program, trip_count
 from gspmd.meshes import chip
 from gspmd.rules.factor import Product
 
@@ -24,7 +24,7 @@ def local(fn: Any, *args: Any) -> Program:
 
 
 def flops(fn: Any, *args: Any) -> float:
-    return sum(product.flops * trips for _, product, trips in products(local(fn, *args)))
+    return flops_of(products(local(fn, *args), trip_count))
 
 
 def f32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -78,8 +78,8 @@ def test_devices_do_at_least_the_work_of_one(mesh: dict[str, int]) -> None:
     specs = (gspmd.P("x"), gspmd.P(None, last if last != "x" else None), None)
     args = (f32(8, 16), f32(16, 32), f32(32, 16))
     plan = gspmd.plan(mlp, *args, mesh=mesh, in_specs=specs)
-    whole = sum(product.flops for _, product, _ in products(plan.model))
-    pieces = sum(product.flops for _, product, _ in products(plan.program))
+    whole = sum(product.flops for _, product, _ in products(plan.model, trip_count))
+    pieces = sum(product.flops for _, product, _ in products(plan.program, trip_count))
     devices = plan.mesh.devices
     assert pieces * devices >= whole
     assert (pieces * devices == whole) == (mesh != {"x": 3})

@@ -331,6 +331,15 @@ def training_step() -> gspmd.Plan:
     return planned(step, params, state, shape(32, 64), donate_argnums=(0, 1))
 
 
+def test_inference_has_no_optimizer_state() -> None:
+    """Though it returns what has the type of an input."""
+    plan = planned(lambda a, b: jnp.tanh(a @ b), shape(64, 64), shape(64, 64))
+    found = memory(plan.program, plan.traced.donated, STORAGE["cpu"])
+    assert {one.name: one.kind for one in found.buffers if one.name in "ab"} == {
+        "a": "input", "b": "input",
+    }  # fmt: skip
+
+
 def test_each_buffer_says_what_it_is_for() -> None:
     plan = training_step()
     found = memory(plan.program, plan.traced.donated, STORAGE["cpu"])

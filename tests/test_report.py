@@ -9,10 +9,12 @@ from jax import lax
 
 import gspmd
 from gspmd import P, meshes
-from gspmd.report import PARTS, Report
+from gspmd.report import PARTS, Flops, Report
 
 MESH = {"data": 4, "model": 8}
 POD = "tpu-v4:2x4x4"
+CUBE = 2 * 4096**3  # FLOPs of SQUARE @ SQUARE
+SQUARE = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
 
 
 def bf16(*shape: int) -> jax.ShapeDtypeStruct:
@@ -199,6 +201,101 @@ def test_branches_count_as_the_slowest() -> None:
     made = gspmd.plan(run, jax.ShapeDtypeStruct((), bool), bf16(1024, 1024), mesh={"x": 1})
     rows = made.report("tpu-v4").ops
     assert [row.name for row in rows if row.flops] == ["dot_general", "dot_general"]
+
+
+@pytest.mark.parametrize(("branch", "most"), [("a @ b", 1), ("a @ b @ b", 2)])
+def test_of_branches_one_is_counted(branch: str, most: int) -> None:
+    one, other = (eval(f"lambda a, b: {text}") for text in ("a @ b", branch))
+    made = gspmd.plan(
+        lambda i, a, b: lax.switch(i, [one, one, other], a, b),
+        jax.ShapeDtypeStruct((), jnp.int32), SQUARE, SQUARE, mesh={"x": 1},
+    ).report("tpu-v4")  # fmt: skip
+    assert made.flops == Flops(most * CUBE, most * CUBE, most * CUBE)
+    assert 0 < made.mfu == made.hfu < 1
+
+
+def test_loops_in_a_loop_without_a_bound() -> None:
+    """As in decoding: layers in steps, whose number is said; and steps in steps, both so often."""
+
+    def layers(x: Any) -> Any:
+        return lax.scan(lambda c, _: (jnp.tanh(c @ c), None), x, None, length=8)[0]
+
+    def until(step: Any) -> Any:
+        return lambda x: lax.while_loop(lambda c: jnp.sum(c) < 9, step, x)
+
+    for fn, runs in ((until(layers), 8 * 10), (until(until(jnp.square)), 0), (
+        until(until(lambda x: x @ x)), 10 * 10
+    )):  # fmt: skip
+        made = gspmd.plan(fn, SQUARE, mesh={"x": 1}).report("tpu-v4", trips=10)
+        assert made.flops == Flops(runs * CUBE, runs * CUBE, runs * CUBE)
+        assert sum(row.flops * row.trips for row in made.ops) == runs * CUBE
+
+
+@pytest.mark.parametrize("trips", [0, -3, 2.5, True])
+def test_a_number_of_trips_is_a_number(trips: Any) -> None:
+    made = gspmd.plan(lambda x: x @ x, SQUARE, mesh={"x": 1})
+    with pytest.raises(gspmd.GspmdError, match=f"trips={trips!r}: .* a whole number, at least 1"):
+        made.report("tpu-v4", trips=trips)
+
+
+@pytest.mark.parametrize("fn", [jax.grad, jax.value_and_grad])
+def test_what_no_result_needs_is_not_counted(fn: Any) -> None:
+    """The gradient of a sum needs no forward product; its value needs all."""
+    loss = lambda w, x: jnp.sum((x @ w).astype(jnp.float32))  # noqa: E731
+    made = gspmd.plan(fn(loss), SQUARE, SQUARE, mesh={"x": 1}).report("tpu-v4")
+    needed = CUBE if fn is jax.grad else 2 * CUBE
+    assert made.flops == Flops(needed, needed, needed)
+
+
+@pytest.mark.parametrize(("fn", "repeated"), [(jax.grad, 0), (jax.value_and_grad, 1)])
+def test_what_runs_once_is_not_repeated(fn: Any, repeated: int) -> None:
+    """Where nobody asks for the value, the only forward pass is the one of the backward pass."""
+
+    @jax.checkpoint
+    def loss(w: Any, x: Any) -> Any:
+        h = jnp.tanh(x @ w)
+        return jnp.sum((h @ w).astype(jnp.float32))
+
+    made = gspmd.plan(fn(loss), SQUARE, SQUARE, mesh={"x": 1}).report("tpu-v4")
+    once = (4 + repeated) * CUBE  # one product forward, two with the value, and three backward
+    assert made.flops == Flops(once, once + repeated * CUBE, once)
+    assert "backward" in made.why("flops.counted")
+
+
+ALGORITHM = lax.DotAlgorithmPreset
+PASSES = [
+    (None, 1, 1), ("default", 1, 1), ("high", 3, 1), ("highest", 6, 156 / 19.5),
+    (ALGORITHM.F32_F32_F32, 6, 156 / 19.5), (ALGORITHM.TF32_TF32_F32, 1, 1),
+    (ALGORITHM.BF16_BF16_F32, 1, 0.5), (ALGORITHM.BF16_BF16_F32_X3, 3, 1.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "tpu", "gpu"), PASSES)
+def test_precision_takes_its_time(precision: Any, tpu: float, gpu: float) -> None:
+    """Of bfloat16 on a TPU; on an A100, 312 TFLOP/s in bfloat16, 156 in TF32, 19.5 in float32."""
+    x = jax.ShapeDtypeStruct((8192, 8192), jnp.float32)
+    plain, made = (
+        gspmd.plan(lambda a, b, p=p: jnp.dot(a, b, precision=p), x, x, mesh={"x": 1})
+        for p in (None, precision)
+    )
+    for chip, times in (("tpu-v4", tpu), ("a100", gpu)):
+        ratio = made.report(chip).seconds.compute / plain.report(chip).seconds.compute
+        assert ratio == pytest.approx(times)
+
+
+def test_a_program_without_products_has_no_utilization() -> None:
+    made = gspmd.plan(jnp.tanh, bf16(1024, 512), mesh={"x": 4}, in_specs=(P("x"),)).report("tpu-v4")
+    assert (made.mfu, made.hfu, made.utilization) == (0, 0, 0)
+    assert "no matrix products" in str(made)
+    assert "no matrix products" in made.why("mfu")
+    assert made.seconds.step > 0
+
+
+def test_what_is_not_counted_is_said() -> None:
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    made = gspmd.plan(jnp.linalg.cholesky, x, mesh={"x": 1}).report("tpu-v4")
+    (finding,) = (f for f in made.findings if f.code == "uncounted")
+    assert "cholesky at (boundary) counts with its memory traffic alone" in finding.message
 
 
 def test_a_permute_is_timed_by_who_sends_to_whom() -> None:
