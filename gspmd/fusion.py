@@ -122,7 +122,11 @@ def _stored(program: Program, kinds: Kinds) -> frozenset[Value]:
             kind in ("alone", "reduce")
             or not stored.isdisjoint(op.outs)
             or not all(_takes_in(r, op, kinds) for out in op.outs for r in readers[out])
-            or (len(into) > 1 and kind != "product" and _finishes(op, readers, makers, kinds))
+            or (
+                (len(into) > 1 or (op.name == "add_any" and not full.isdisjoint(into)))
+                and kind != "product"
+                and _finishes(op, readers, makers, kinds)
+            )
             or (kind == "product" and (len(into) > 1 or not full.isdisjoint(into)))
             or (_is_mask(op) and not full.isdisjoint(into))
         ):

@@ -63,7 +63,7 @@ def memory(program: Program, donated: Sequence[bool], storage: Storage) -> Memor
     blocks = lay_out(program, donated, storage).blocks
     arguments = [block for block in blocks if block.fixed]
     results = [block for block in blocks if not block.fixed and block.end >= FOREVER]
-    temporaries = [block for block in blocks if block.end < FOREVER]
+    temporaries = _without_hosts((b for b in blocks if b.end < FOREVER), results)
     peak, moment = _peak(temporaries)
     live = [block for block in temporaries if block.start <= moment <= block.end]
     kinds = _Kinds(program, donated)
@@ -76,6 +76,26 @@ def memory(program: Program, donated: Sequence[bool], storage: Storage) -> Memor
         temporary_bytes=placed(temporaries, storage.granule),
         buffers=tuple(sorted(buffers, key=lambda buffer: -buffer.bytes)),
     )
+
+
+def _without_hosts(temporaries: Iterable[Block], results: Iterable[Block]) -> list[Block]:
+    """The temporaries that are not in the memory of a result that is written later.
+
+    The largest come first, and each goes into the first result that is as large and free while it
+    lives. (XLA's buffer assignment, which tries what results have before it places the others.)
+    """
+    hosts: list[tuple[Block, list[Block]]] = [(block, [block]) for block in results if block.start]
+    left: list[Block] = []
+    for block in sorted(temporaries, key=lambda block: -block.bytes):
+        for host, guests in hosts:
+            if block.bytes <= host.bytes and all(
+                block.end < guest.start or guest.end < block.start for guest in guests
+            ):
+                guests.append(block)
+                break
+        else:
+            left.append(block)
+    return left
 
 
 def _peak(blocks: Iterable[Block]) -> tuple[float, int]:
