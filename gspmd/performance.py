@@ -72,12 +72,10 @@ def of(
     trips: int | None,
 ) -> Report:
     """The report that `Plan.report` returns, whose arguments these are."""
-    chip = meshes.chip(chip) if isinstance(chip, str) else chip
-    if isinstance(topology, str):
-        topology = meshes.topology(topology)
+    chip = meshes.chip(chip)
     if topology is None:
         topology = meshes.smallest(chip, work.mesh.devices)
-    if isinstance(topology, Topology):
+    if not isinstance(topology, Placement):
         topology = meshes.make_mesh(work.user_mesh, topology, traffic(work.program))
     if topology.topology.chip != chip:
         raise MeshError(

@@ -105,14 +105,21 @@ class Chip:
         return self.peak[name] / self.devices
 
 
-def chip(name: str) -> Chip:
+def chip(name: str | Chip) -> Chip:
     """The chip called `name`; "cpu" is a core of this machine, measured when first asked for.
 
-    "a100" is the one of 80 GB.
+    "a100" is the one of 80 GB. A `Chip` is itself.
 
     Raises:
       MeshError: there is none of that name.
     """
+    if isinstance(name, Chip):
+        return name
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MeshError(
+            f"a chip is a gspmd.meshes.Chip or the name of one, such as 'h100', got {name!r} of "
+            f"type {type(name).__name__}."
+        )
     if name == "cpu":
         return measured_cpu()
     name = {"a100": "a100-80gb"}.get(name, name)

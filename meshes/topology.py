@@ -179,16 +179,23 @@ def _links(
         yield x, y, link
 
 
-def topology(name: str) -> Topology:
+def topology(name: str | Topology) -> Topology:
     """The topology that `name` describes: a chip, and how many of them lie where.
 
     "tpu-v4:8x8x16" is a slice of that shape, "tpu-v5e:16x16 x4 slices" four slices over the hosts'
     network, "h100:8x256" 256 nodes of 8, "h100:8x32x8" the same with 32 nodes to a leaf switch,
-    "cpu:8" eight cores of this machine.
+    "cpu:8" eight cores of this machine. A `Topology` is itself.
 
     Raises:
       MeshError: there is no such chip, or chips of this kind are never joined like this.
     """
+    if isinstance(name, Topology):
+        return name
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MeshError(
+            f"a topology is a gspmd.meshes.Topology or the name of one, such as 'h100:8x4', got "
+            f"{name!r} of type {type(name).__name__}."
+        )
     match = _NAME.fullmatch(name.strip())
     if match is None:
         raise MeshError(

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -283,6 +284,26 @@ def test_meshes_that_do_not_fit(
     with pytest.raises(MeshError) as error:
         make_mesh(sizes, topology("h100:8x4"), parts=parts)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "where", "message"),
+    [
+        ({"x": 64.0}, "h100:8x8", "mesh axis 'x' has size 64.0; a size is an int of at least 1."),
+        ({"x": "64"}, "h100:8x8", "mesh axis 'x' has size '64'; a size is an int of at least 1."),
+        ("x=64", "h100:8x8", """with their sizes, such as {"data": 8}, got 'x=64' of type str."""),
+        ({"x": 64}, 64, "such as 'h100:8x4', got 64 of type int."),
+    ],
+)
+def test_what_is_no_mesh_or_topology(shape: Any, where: Any, message: str) -> None:
+    with pytest.raises(MeshError) as error:
+        make_mesh(shape, where)
+    assert message in str(error.value)
+
+
+def test_a_topology_by_its_name() -> None:
+    name = "tpu-v4:4x4x4"
+    assert make_mesh({"a": 16, "b": 4}, name) == make_mesh({"a": 16, "b": 4}, topology(name))
 
 
 def test_a_sub_axis_across_levels_that_it_does_not_divide() -> None:

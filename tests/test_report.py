@@ -159,6 +159,13 @@ def test_a_chip_that_there_is_not(plan: gspmd.Plan) -> None:
         plan.report("tpu-v9")
 
 
+def test_what_is_no_chip_or_topology(plan: gspmd.Plan) -> None:
+    with pytest.raises(gspmd.MeshError, match="such as 'h100', got None of type NoneType"):
+        plan.report(None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(gspmd.MeshError, match="such as 'h100:8x4', got 4 of type int"):
+        plan.report("h100", 4)  # pyright: ignore[reportArgumentType]
+
+
 def test_a_chip_without_a_peak_for_the_programs_dtype(plan: gspmd.Plan) -> None:
     with pytest.raises(gspmd.MeshError, match="v100 has no published peak for bfloat16"):
         plan.report("v100", "v100:16x2")

@@ -335,7 +335,7 @@ def launch_command(
         if port is not None:
             launch.check_port(port)
         if logs is not None:
-            logs.mkdir(parents=True, exist_ok=True)
+            launch.make_folder(logs)
         folder = logs or Path(closing.enter_context(tempfile.TemporaryDirectory()))
         raise typer.Exit(launch.run(made, port or launch.free_port(), folder, tell=complain))
 
