@@ -122,13 +122,13 @@ def chip(name: str | Chip) -> Chip:
         )
     if name == "cpu":
         return measured_cpu()
-    name = {"a100": "a100-80gb"}.get(name, name)
-    if name not in CHIPS:
+    if _SHORT.get(name, name) not in CHIPS:
         known = (*CHIPS, "cpu")
         raise MeshError(
-            f"{name!r} is not a chip{nearest(name, known)} There are {', '.join(known)}."
+            f"{name!r} is not a chip{nearest(name, (*_SHORT, *known))} There are "
+            f"{', '.join(known)}."
         )
-    return CHIPS[name]
+    return CHIPS[_SHORT.get(name, name)]
 
 
 @functools.cache
@@ -152,6 +152,7 @@ def measured_cpu() -> Chip:
     )
 
 
+_SHORT = {"a100": "a100-80gb"}
 _T = 1e12
 _G = 1e9
 _GIB = 2.0**30

@@ -94,7 +94,12 @@ def test_the_curve_of_the_chip_that_was_measured() -> None:
     ("name", "message"),
     [
         ("tpu-v5", "'tpu-v5' is not a chip; did you mean 'tpu-v5p'? There are tpu-v2, "),
-        ("H100", "'H100' is not a chip; did you mean "),
+        ("H100", "'H100' is not a chip; did you mean 'h100'? There are tpu-v2, "),
+        ("A100", "'A100' is not a chip; did you mean 'a100'? "),
+        ("B200", "'B200' is not a chip; did you mean 'b200'? "),
+        ("TPU-V4", "'TPU-V4' is not a chip; did you mean 'tpu-v4'? "),
+        ("v4", "'v4' is not a chip; did you mean 'tpu-v4'? "),
+        ("v8", "'v8' is not a chip. There are tpu-v2, "),
         ("", "'' is not a chip. There are tpu-v2, "),
     ],
 )
