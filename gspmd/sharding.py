@@ -34,8 +34,7 @@ class Mesh:
         if len(set(names)) != len(names):
             raise MeshError(f"mesh axes must have distinct names, got {names}.")
         for name, size in self.axes:
-            integer = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
-            if not integer or size < 1:
+            if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise MeshError(
                     f"mesh axis {name!r} has size {size!r}; a size is an int of at least 1."
                 )

@@ -33,7 +33,7 @@ class Links:
     `bandwidth` is what one link carries each way, in bytes/s, of which the chip has `count`: the
     usable, not the nominal rate. `latency` is that of one hop, in seconds. A TPU's `largest` is the
     shape of the whole torus, of a GPU the number in one NVLink domain. An axis of a torus wraps
-    around where its size is a multiple of `wraps`.
+    around where its size is a multiple of `wraps`: with three dims, the side of a cube.
     """
 
     count: int

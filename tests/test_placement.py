@@ -71,7 +71,7 @@ def mesh_of(sizes: Sequence[int]) -> Mesh:
         "tpu-v4:4x4x8",
         "tpu-v5e:8x16",
         "tpu-v6e:4x8",
-        "tpu-v5p:4x4x6",
+        "tpu-v5p:4x4x12",
         "tpu-v7:4x4x4",
     ],
 )
