@@ -256,7 +256,8 @@ def _times(op: Op, assumptions: Assumptions) -> int:
     if assumptions.trips is None:
         raise MeshError(
             f"the loop at {_source(op)} has no bound, so that its time is unknown; say how often "
-            "it runs, report(..., trips=100), or write it as a scan or fori_loop of fixed length."
+            "it runs, with trips=100 or --trips 100, or write it as a scan or fori_loop of fixed "
+            "length."
         )
     return assumptions.trips
 

@@ -27,6 +27,14 @@ def step():
     return jax.grad(loss), (w, f32(8192, 1024)), {"rules": rules}
 """
 
+LOOP = """
+import jax, jax.numpy as jnp
+
+def step():
+    run = lambda x: jax.lax.while_loop(lambda c: jnp.sum(c) < 10, lambda c: c @ c, x)
+    return run, (jax.ShapeDtypeStruct((64, 64), jnp.float32),)
+"""
+
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -143,8 +151,45 @@ def test_processes_find_the_same_rows(target: str) -> None:
 def test_a_shape_that_cannot_be_planned_says_why(tmp_path: Path) -> None:
     path = tmp_path / "bad.py"
     path.write_text(PROGRAM.replace('"mlp": "model"', '"mlp": "z"'))
-    words = ("--topology", "h100:4x1", "--mesh-shapes", "2x2", "--processes", "1")
-    assert "data=2,model=2: " in succeed("sweep", f"{path}:step", *words)
+    image = tmp_path / "sweep.png"
+    words = ("--topology", "h100:4x1", "--processes", "1", "--plot", str(image))
+    done = invoke("sweep", f"{path}:step", *words)
+    assert "\ndata=4,model=1 and 2 more: " in done.stdout
+    # None can be: that is an error, and nothing is drawn.
+    assert done.exit_code == 2
+    assert "none of the 3 mesh shapes can be reported on; of data=4,model=1: " in done.stderr
+    assert not image.exists()
+
+
+def test_a_loop_without_a_bound_is_told_how_often_it_runs(tmp_path: Path) -> None:
+    path = tmp_path / "loop.py"
+    path.write_text(LOOP)
+    words = ("sweep", f"{path}:step", "--topology", "h100:2x1", "--processes", "1")
+    said = fail(*words)
+    assert (
+        "has no bound, so that its time is unknown; say how often it runs, with trips=100 or "
+        in said
+    )
+    assert "--trips 100, or write it as a scan" in said
+    assert "GB" in succeed(*words, "--trips", "100")
+
+
+@pytest.mark.parametrize("option", ["--strategy=2d", "--batch=8", "--optimizer=sgd"])
+def test_what_is_for_models_alone(target: str, option: str) -> None:
+    for command in ("report", "sweep"):
+        mesh = ("--mesh", "data=4,model=2") if command == "report" else ("--processes", "1")
+        said = fail(command, target, "--topology", "h100:8", *mesh, option)
+        name = option.partition("=")[0]
+        assert (
+            f"{name} is for models.NAME:CONFIG, but {target} makes its own step; leave it " in said
+        )
+
+
+def test_a_sweep_of_no_examples() -> None:
+    words = ("--topology", "h100:8x1", "--batch", "0")
+    assert fail("sweep", "models.transformer:tiny", *words) == (
+        "gspmd: --batch 0 on 8 devices is 0 examples in a step; give at least 0.125 a device.\n"
+    )
 
 
 @pytest.mark.parametrize(

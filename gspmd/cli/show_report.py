@@ -164,8 +164,18 @@ def table(rows: Sequence[Row]) -> RenderableType:
             f"{100 * row.mfu:.1f} %",
             style=style,
         )
-    failures = [Text(f"{row.mesh}: {row.failure}", FAINT) for row in rows if row.failure]
-    return Group(made, *failures)
+    return Group(made, *_failures(rows))
+
+
+def _failures(rows: Iterable[Row]) -> Iterator[Text]:
+    """A line for each reason why there is no report, with the meshes that it is true of."""
+    meshes: dict[str, list[str]] = {}
+    for row in rows:
+        if row.failure:
+            meshes.setdefault(row.failure, []).append(row.mesh)
+    for failure, found in meshes.items():
+        others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        yield Text(f"{found[0]}{others}: {failure}", FAINT)
 
 
 def progress(rows: Iterable[Row], count: int, quiet: bool) -> Iterator[Row]:
