@@ -98,9 +98,11 @@ class Chip:
         """
         name = str(getattr(dtype, "name", dtype))
         if name not in self.peak:
+            others = [chip.name for chip in CHIPS.values() if name in chip.peak]
             raise MeshError(
                 f"{self.name} has no published peak for {name}: it has one for "
-                f"{', '.join(self.peak)}; compute in one of these, or take another chip."
+                f"{', '.join(self.peak)}; compute the product in one of these"
+                f"{f', or take {others[0]}' if others else ', as no chip here has one for it'}."
             )
         return self.peak[name] / self.devices
 

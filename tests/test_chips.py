@@ -110,12 +110,20 @@ def test_unknown_chips(name: str, message: str) -> None:
     assert str(error.value).endswith("gb200, cpu.")
 
 
-def test_a_chip_without_a_peak_for_the_dtype() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "way_out"),
+    [
+        ("float64", "or take v100."),
+        ("int32", "as no chip here has one for it."),
+        ("complex64", "as no chip here has one for it."),
+    ],
+)
+def test_a_chip_without_a_peak_for_the_dtype(dtype: str, way_out: str) -> None:
     with pytest.raises(MeshError) as error:
-        chip("tpu-v3").peak_flops(np.dtype("float64"))
+        chip("tpu-v3").peak_flops(np.dtype(dtype))
     assert str(error.value) == (
-        "tpu-v3 has no published peak for float64: it has one for bfloat16, float32; compute in "
-        "one of these, or take another chip."
+        f"tpu-v3 has no published peak for {dtype}: it has one for bfloat16, float32; compute the "
+        f"product in one of these, {way_out}"
     )
 
 

@@ -62,7 +62,7 @@ def fail(*words: str) -> str:
 def test_report_prints_time_utilization_and_memory(target: str) -> None:
     text = succeed("report", target, "--mesh", "data=8,model=4", "--topology", "tpu-v4:2x4x4")
     assert "tpu-v4:2x4x4 32 chips, 32 devices" in text
-    for name in ("step", "MFU", "HFU", "as GSPMD counts", "memory", "compute", "exposed"):
+    for name in ("step", "MFU", "HFU", "as GSPMD counts", "memory", "energy", "compute", "exposed"):
         assert f"\n{name} " in text
     assert "all_reduce" in text
     assert "dot_general" in text

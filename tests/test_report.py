@@ -128,6 +128,12 @@ def test_it_prints(report: Report) -> None:
     text = str(report)
     assert text.startswith(f"# mlp_loss on 32 devices of {POD}")
     assert f"MFU {100 * report.mfu:.1f} %" in text
+    assert " kWh a step, the chips alone" in text
+
+
+def test_an_energy_that_is_not_known_says_so(plan: gspmd.Plan) -> None:
+    text = str(plan.report("tpu-v5e"))
+    assert "energy         not published: the mean power of tpu-v5e" in text
 
 
 def test_what_does_not_fit_is_a_finding(plan: gspmd.Plan) -> None:

@@ -16,7 +16,7 @@ from gspmd.cli.estimate import Row, best
 from gspmd.cli.show import FAINT, HEAD, show_bytes
 from gspmd.cli.terminal import console
 from gspmd.compiled import Comparison
-from gspmd.report import PARTS, Report, show_pipeline
+from gspmd.report import PARTS, Report, show_energy, show_pipeline
 from gspmd.sharding import show_axes
 
 _BAR = 40  # characters
@@ -71,8 +71,7 @@ def _numbers(made: Report) -> RenderableType:
         ),
     ]
     rows += [("pipeline", show_pipeline(row, made.seconds.step)) for row in made.pipelines]
-    if made.joules is not None:
-        rows.append(("energy", f"{made.joules / 3.6e6:.3g} kWh a step, the chips alone"))
+    rows.append(("energy", show_energy(made)))
     for name, text in rows:
         table.add_row(Text(name, HEAD), text)
     table.show_header = False
