@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from gspmd.cli.commands import app
 from gspmd.cli.estimate import Request, Row, best, read_shapes, shapes, sweep
+from gspmd.cli.scaling import curves, longest
 from gspmd.cli.terminal import InputError
 
 PROGRAM = """
@@ -210,3 +211,24 @@ def test_the_best_is_the_quickest_that_fits() -> None:
 
     rows = [row("a", 3, 5), row("a", 1, 20), row("a", 2, 5), row("b", 1, 5, "no"), row("b", 9, 5)]
     assert [r.step for r in best(rows)] == [2, 9]
+
+
+def test_a_line_is_drawn_for_each_kind_of_chip() -> None:
+    def row(topology: str, step: float, peak: float = 5) -> Row:
+        return Row(topology, 8, "x=8", peak_bytes=peak, memory=10, step=step)
+
+    names = ("tpu-v4:4x4x8", "tpu-v3:16x16", "tpu-v3:8x8", "tpu-v3:8x16", "tpu-v3:4x32")
+    rows = [row(name, step) for step, name in enumerate(names, start=1)]
+    found = curves([*rows, row("tpu-v3:8x8", 177, peak=20)])
+    assert {chip: {n: r.topology for n, r in curve.items()} for chip, curve in found.items()} == {
+        "tpu-v4": {128: "tpu-v4:4x4x8"},
+        "tpu-v3": {256: "tpu-v3:16x16", 64: "tpu-v3:8x8", 128: "tpu-v3:8x16"},
+    }
+
+
+def test_what_does_not_fit_does_not_stretch_the_axis() -> None:
+    rows = [
+        Row("h100:8", 8, "x=8", peak_bytes=p, memory=10, step=s) for s, p in ((2, 5), (177, 20))
+    ]
+    assert longest(rows) == 2
+    assert longest(rows[1:]) == 177
