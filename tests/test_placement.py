@@ -19,6 +19,8 @@ from gspmd.meshes.network import KINDS
 from gspmd.sharding import Mesh
 
 KINDS_OF_DEVICES = {
+    "tpu-v2": "TPU v2",
+    "tpu-v3": "TPU v3",
     "tpu-v4": "TPU v4",
     "tpu-v5e": "TPU v5 lite",
     "tpu-v5p": "TPU v5p",
@@ -73,6 +75,8 @@ def mesh_of(sizes: Sequence[int]) -> Mesh:
         "tpu-v6e:4x8",
         "tpu-v5p:4x4x12",
         "tpu-v7:4x4x4",
+        "tpu-v4:2x2x1",
+        "tpu-v5e:4x8",
     ],
 )
 def test_without_traffic_a_mesh_lies_as_jax_places_it(name: str) -> None:
@@ -82,6 +86,23 @@ def test_without_traffic_a_mesh_lies_as_jax_places_it(name: str) -> None:
         expected = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         placed = make_mesh(mesh_of(sizes), it).device_array()
         assert (placed == numbers(expected)).all(), sizes
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tpu-v2:4x4", "tpu-v3:4x4", "tpu-v5e:2x2", "tpu-v5e:4x4", "tpu-v5p:2x2x2", "tpu-v6e:2x4",
+     "tpu-v7:2x2x4"],
+)  # fmt: skip
+def test_where_jax_places_otherwise(name: str) -> None:
+    """The exceptions that `make_mesh` names."""
+    it = topology(name)
+    devices = devices_of(it)
+    jaxs = numbers(mesh_utils.create_device_mesh((it.devices,), devices))
+    ours = make_mesh({"a": it.devices}, it).device_array()
+    assert sorted(jaxs) == sorted(ours)
+    assert (jaxs != ours).any()
+    listed = it.chip.name in ("tpu-v2", "tpu-v3")
+    assert (jaxs == np.arange(it.devices)).all() == listed
 
 
 @pytest.mark.parametrize(
