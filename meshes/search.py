@@ -34,9 +34,9 @@ def make_mesh(
     """The placement of a mesh of `shape` in `topology` that is the quickest for `traffic`.
 
     Without traffic, and where it is as quick, that is what `jax.make_mesh` would choose: the last
-    axis has the most whole dims. Two things JAX does otherwise: of TPU v2 and v3 it takes the devices
-    as they are listed, and in slices of up to 16 chips of v5e, v5p, v6e and v7 it has a ring of
-    neighbours turn corners, which no parts describe.
+    axis has the most whole dims. Two things JAX does otherwise: of TPU v2 and v3 it takes the
+    devices as they are listed, and in some slices of up to 16 chips of v5e, v5p, v6e and v7 it has
+    a ring of neighbours turn corners, which no parts describe.
 
     `parts` place it by hand: for each axis what it takes of which level, major first, where the
     name of a level stands for all of it.
