@@ -160,9 +160,9 @@ _G = 1e9
 _GIB = 2.0**30
 _US = 1e-6
 
-# Of a link's nominal rate: 45 of 50 GB/s on v4 and v5e, 90 of 100 on v5p, v6e, v7. Of v2 and v3 it is
-# assumed, as no usable rate is published: v3's all-reduce of 340 TB/s a pod is at the nominal one,
-# but so is v5e's of 51.2.
+# Of a link's nominal rate: 45 of 50 GB/s on v4 and v5e, 90 of 100 on v5p, v6e, v7. It is assumed of
+# v2 and v3, for which no usable rate is published: v3's all-reduce of 340 TB/s a pod is at the
+# nominal one, but so is v5e's of 51.2.
 _USABLE = 0.9
 
 # Products of cubes in bf16 on one TensorCore of TPU7x: the side, and the TFLOP/s reached
