@@ -13,7 +13,8 @@ import networkx as nx
 import numpy as np
 
 from gspmd.errors import MeshError, nearest
-from gspmd.meshes.chips import Chip, Links, chip
+from gspmd.meshes.chips import Chip, Links
+from gspmd.meshes.chips import chip as read_chip
 
 Shape = Literal["ring", "line", "switch", "spine"]
 
@@ -202,7 +203,7 @@ def topology(name: str | Topology) -> Topology:
             f"{name!r} is not a topology; write a chip and how many lie along each dim, such as "
             "'tpu-v4:8x8x16', 'h100:8x256' or 'tpu-v5e:16x16 x4 slices'."
         )
-    kind = chip(match["chip"])
+    kind = read_chip(match["chip"])
     shape = tuple(int(n) for n in (match["shape"] or "1").split("x"))
     slices = int(match["slices"] or 1)
     if min(*shape, slices) == 0:
@@ -215,14 +216,15 @@ def _built(name: str, kind: Chip, shape: tuple[int, ...], slices: int = 1) -> To
     return Topology(name, kind, build(name, kind, shape, slices))
 
 
-def smallest(chip: Chip, devices: int) -> Topology:
+def smallest(chip: Chip | str, devices: int) -> Topology:
     """The topology of just as many `devices`, in as few slices or nodes as hold them.
 
     These are alike, and the slices as square as can be.
 
     Raises:
-      MeshError: the chips do not come in such a number.
+      MeshError: there is no such chip, or the chips do not come in such a number.
     """
+    chip = read_chip(chip)
     chips, left = divmod(devices, chip.devices)
     if left or chips < 1:
         raise MeshError(

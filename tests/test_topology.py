@@ -146,6 +146,7 @@ def test_the_smallest_topology(chip_name: str, devices: int, name: str) -> None:
     it = smallest(chip(chip_name), devices)
     assert it.name == name
     assert it.devices == devices
+    assert smallest(chip_name, devices) == it
     own = dataclasses.replace(it.chip, name="mine")  # a chip that no table knows
     assert smallest(own, devices) == Topology(name.replace(chip_name, "mine"), own, it.levels)
 
