@@ -1,6 +1,7 @@
 """The errors of gspmd: each is one sentence that names what, where, the numbers and the way out."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -33,6 +34,12 @@ class StrictError(GspmdError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown `name`: the known one it resembles, if any."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else "."
+    """The end of a sentence about an unknown `name`: the known one it resembles, if any.
+
+    That is the closest in any case, else one that has `name` for a word: "v4" is of "tpu-v4".
+    """
+    by_folded = {one.casefold(): one for one in known}
+    folded = name.casefold()
+    close = difflib.get_close_matches(folded, by_folded, n=1)
+    close += [one for one in by_folded if folded in re.split(r"[\W_]+", one)] if folded else []
+    return f"; did you mean {by_folded[close[0]]!r}?" if close else "."

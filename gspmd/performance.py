@@ -93,12 +93,10 @@ def of(
     trips: int | None,
 ) -> Report:
     """The report that `Plan.report` returns, whose arguments these are."""
-    chip = meshes.chip(chip) if isinstance(chip, str) else chip
-    if isinstance(topology, str):
-        topology = meshes.topology(topology)
+    chip = meshes.chip(chip)
     if topology is None:
         topology = meshes.smallest(chip, work.mesh.devices)
-    if isinstance(topology, Topology):
+    if not isinstance(topology, Placement):
         topology = meshes.make_mesh(work.user_mesh, topology, traffic(work.program))
     if topology.topology.chip != chip:
         raise MeshError(
@@ -290,7 +288,8 @@ def _times(op: Op, assumptions: Assumptions) -> int:
     if assumptions.trips is None:
         raise MeshError(
             f"the loop at {_source(op)} has no bound, so that its time is unknown; say how often "
-            "it runs, report(..., trips=100), or write it as a scan or fori_loop of fixed length."
+            "it runs, with trips=100 or --trips 100, or write it as a scan or fori_loop of fixed "
+            "length."
         )
     return assumptions.trips
 

@@ -280,6 +280,13 @@ def show_pipeline(row: PipelineRow, step: float) -> str:
     )
 
 
+def show_energy(made: Report) -> str:
+    """`0.12 kWh a step, the chips alone`, or what it takes and is not published."""
+    if made.joules is None:
+        return f"not published: the mean power of {made.chip.name}"
+    return f"{made.joules / 3.6e6:.4g} kWh a step, the chips alone"
+
+
 def show(made: Report) -> str:
     """The report in a dozen lines."""
     s, f = made.seconds, made.flops
@@ -301,8 +308,7 @@ def show(made: Report) -> str:
         ),
         *(("pipeline", show_pipeline(row, s.step)) for row in made.pipelines),
     ]
-    if made.joules is not None:
-        rows.append(("energy", f"{made.joules / 3.6e6:.4g} kWh a step, the chips alone"))
+    rows.append(("energy", show_energy(made)))
     head = f"# {made.name} on {made.devices} devices of {made.topology.name}"
     lines = [head, *(f"{name:<14} {text}" for name, text in rows)]
     return "\n".join(lines + [f"finding        {finding}" for finding in made.findings])

@@ -34,8 +34,10 @@ class Mesh:
         if len(set(names)) != len(names):
             raise MeshError(f"mesh axes must have distinct names, got {names}.")
         for name, size in self.axes:
-            if size < 1:
-                raise MeshError(f"mesh axis {name!r} has size {size}; a size is at least 1.")
+            if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise MeshError(
+                    f"mesh axis {name!r} has size {size!r}; a size is an int of at least 1."
+                )
 
     @property
     def names(self) -> Axes:

@@ -61,9 +61,7 @@ def _axis(name: Any, size: Any) -> tuple[str, int]:
             f"mesh axis {name!r} is not a name: it must be a string without ':', which gspmd "
             "keeps for parts of an axis."
         )
-    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-        raise MeshError(f"mesh axis {name!r} has size {size!r}; a size is an int of at least 1.")
-    return name, int(size)
+    return name, int(size) if isinstance(size, np.integer) else size
 
 
 def _parse_mesh(text: str) -> tuple[tuple[str, int], ...]:

@@ -92,17 +92,11 @@ class Units:
     def _begin(self) -> None:
         for unit in (True, False):
             ready, other = self._ready[unit], self._at[not unit]
-            if self._at[unit] is not None or not ready or self._stopped(other):
+            if self._at[unit] is not None or not ready:
                 continue
             task = self.tasks[ready[0]]
-            if task.alone and other is not None:
+            if other is not None and (task.alone or self.tasks[other[1]].alone):
                 continue  # it is next, and waits for the other unit
             i = heapq.heappop(ready)
             self.start[i] = self.now
             self._at[unit] = (self.now + task.seconds, i)
-
-    def _stopped(self, other: tuple[float, int] | None) -> bool:
-        """Whether the other unit's task, or one that is next there, wants to be alone."""
-        if other is not None:
-            return self.tasks[other[1]].alone
-        return False

@@ -33,7 +33,7 @@ class Links:
     `bandwidth` is what one link carries each way, in bytes/s, of which the chip has `count`: the
     usable, not the nominal rate. `latency` is that of one hop, in seconds. A TPU's `largest` is the
     shape of the whole torus, of a GPU the number in one NVLink domain. An axis of a torus wraps
-    around where its size is a multiple of `wraps`.
+    around where its size is a multiple of `wraps`: with three dims, the side of a cube.
     """
 
     count: int
@@ -101,30 +101,39 @@ class Chip:
         """
         name = str(getattr(dtype, "name", dtype))
         if name not in self.peak:
+            others = [chip.name for chip in CHIPS.values() if name in chip.peak]
             raise MeshError(
                 f"{self.name} has no published peak for {name}: it has one for "
-                f"{', '.join(self.peak)}; compute in one of these, or take another chip."
+                f"{', '.join(self.peak)}; compute the product in one of these"
+                f"{f', or take {others[0]}' if others else ', as no chip here has one for it'}."
             )
         return self.peak[name] / self.devices
 
 
-def chip(name: str) -> Chip:
+def chip(name: str | Chip) -> Chip:
     """The chip called `name`; "cpu" is a core of this machine, measured when first asked for.
 
-    "a100" is the one of 80 GB.
+    "a100" is the one of 80 GB. A `Chip` is itself.
 
     Raises:
       MeshError: there is none of that name.
     """
+    if isinstance(name, Chip):
+        return name
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MeshError(
+            f"a chip is a gspmd.meshes.Chip or the name of one, such as 'h100', got {name!r} of "
+            f"type {type(name).__name__}."
+        )
     if name == "cpu":
         return measured_cpu()
-    name = {"a100": "a100-80gb"}.get(name, name)
-    if name not in CHIPS:
+    if _SHORT.get(name, name) not in CHIPS:
         known = (*CHIPS, "cpu")
         raise MeshError(
-            f"{name!r} is not a chip{nearest(name, known)} There are {', '.join(known)}."
+            f"{name!r} is not a chip{nearest(name, (*_SHORT, *known))} There are "
+            f"{', '.join(known)}."
         )
-    return CHIPS[name]
+    return CHIPS[_SHORT.get(name, name)]
 
 
 @functools.cache
@@ -148,11 +157,16 @@ def measured_cpu() -> Chip:
     )
 
 
+_SHORT = {"a100": "a100-80gb"}
 _T = 1e12
 _G = 1e9
 _GIB = 2.0**30
 _US = 1e-6
-_USABLE = 0.9  # of a link's nominal rate: 45 of 50 GB/s on v4 and v5e, 90 of 100 on v5p, v6e, v7
+
+# Of a link's nominal rate: 45 of 50 GB/s on v4 and v5e, 90 of 100 on v5p, v6e, v7. It is assumed of
+# v2 and v3, for which no usable rate is published: v3's all-reduce of 340 TB/s a pod is at the
+# nominal one, but so is v5e's of 51.2.
+_USABLE = 0.9
 
 # Products of cubes in bf16 on one TensorCore of TPU7x: the side, and the TFLOP/s reached
 # (AI-Hypercomputer/tpu-recipes, microbenchmarks). The smallest take 1.6 us.

@@ -16,7 +16,7 @@ from gspmd.errors import MeshError, nearest
 from gspmd.meshes import routes
 from gspmd.meshes.placement import Placement
 from gspmd.meshes.topology import Level
-from gspmd.sharding import Axes
+from gspmd.sharding import Axes, show_axes
 
 Pairs = tuple[tuple[int, int], ...]
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective_permute")
@@ -57,8 +57,11 @@ def seconds(
     them, each sends to the next.
 
     Raises:
-      MeshError: `kind` is no collective, or `axes` are not of the mesh.
+      MeshError: `kind` is no collective, `axes` are not of the mesh, `pairs` name devices that are
+        not along them, or `bytes` is no number of bytes.
     """
+    if not 0 <= bytes < math.inf:
+        raise MeshError(f"{kind} of {bytes} bytes a device; give a number that is at least 0.")
     rate = _rate(kind, tuple(axes), placement, None if pairs is None else tuple(pairs))
     return rate.of(bytes)
 
@@ -137,6 +140,12 @@ def _rate(kind: str, axes: Axes, placement: Placement, pairs: Pairs | None) -> _
                 f"{nearest(axis, placement.mesh.names)}"
             )
     size = placement.mesh.size(axes)
+    for pair in pairs or ():
+        if not all(0 <= i < size for i in pair):
+            raise MeshError(
+                f"the pair {pair} of a {kind} names a device that is not along {show_axes(axes)}, "
+                f"which has {size}; number them from 0 to {size - 1}."
+            )
     if size == 1:
         return _Rate(())
     start = placement.topology.chip.start

@@ -13,7 +13,8 @@ import networkx as nx
 import numpy as np
 
 from gspmd.errors import MeshError, nearest
-from gspmd.meshes.chips import Chip, Links, chip
+from gspmd.meshes.chips import Chip, Links
+from gspmd.meshes.chips import chip as read_chip
 
 Shape = Literal["ring", "line", "switch", "spine"]
 
@@ -179,23 +180,30 @@ def _links(
         yield x, y, link
 
 
-def topology(name: str) -> Topology:
+def topology(name: str | Topology) -> Topology:
     """The topology that `name` describes: a chip, and how many of them lie where.
 
     "tpu-v4:8x8x16" is a slice of that shape, "tpu-v5e:16x16 x4 slices" four slices over the hosts'
     network, "h100:8x256" 256 nodes of 8, "h100:8x32x8" the same with 32 nodes to a leaf switch,
-    "cpu:8" eight cores of this machine.
+    "cpu:8" eight cores of this machine. A `Topology` is itself.
 
     Raises:
       MeshError: there is no such chip, or chips of this kind are never joined like this.
     """
+    if isinstance(name, Topology):
+        return name
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MeshError(
+            f"a topology is a gspmd.meshes.Topology or the name of one, such as 'h100:8x4', got "
+            f"{name!r} of type {type(name).__name__}."
+        )
     match = _NAME.fullmatch(name.strip())
     if match is None:
         raise MeshError(
             f"{name!r} is not a topology; write a chip and how many lie along each dim, such as "
             "'tpu-v4:8x8x16', 'h100:8x256' or 'tpu-v5e:16x16 x4 slices'."
         )
-    kind = chip(match["chip"])
+    kind = read_chip(match["chip"])
     shape = tuple(int(n) for n in (match["shape"] or "1").split("x"))
     slices = int(match["slices"] or 1)
     if min(*shape, slices) == 0:
@@ -208,37 +216,67 @@ def _built(name: str, kind: Chip, shape: tuple[int, ...], slices: int = 1) -> To
     return Topology(name, kind, build(name, kind, shape, slices))
 
 
-def smallest(chip: Chip, devices: int) -> Topology:
-    """The topology of just as many `devices`: as square as can be, in as few slices as it takes.
+def smallest(chip: Chip | str, devices: int) -> Topology:
+    """The topology of just as many `devices`, in as few slices or nodes as hold them.
+
+    These are alike, and the slices as square as can be.
 
     Raises:
-      MeshError: the chips do not come in such a number.
+      MeshError: there is no such chip, or the chips do not come in such a number.
     """
+    chip = read_chip(chip)
     chips, left = divmod(devices, chip.devices)
     if left or chips < 1:
         raise MeshError(
             f"{devices} devices are no whole number of {chip.name} chips of {chip.devices}; use "
             f"{(chips + 1) * chip.devices}."
         )
+    found, shape, slices = _next(chips, chip)
+    if found != chips:
+        raise MeshError(
+            f"{chips} chips of {chip.name} cannot be shared out evenly: a "
+            f"{'node' if chip.platform == 'gpu' else 'slice'} is {_form(chip)}; use "
+            f"{found * chip.devices} devices, '{_named(chip, shape, slices)}', or name the "
+            "topology that you have."
+        )
+    return _built(_named(chip, shape, slices), chip, shape, slices)
 
-    def named(shape: tuple[int, ...], slices: int = 1) -> Topology:
-        name = f"{chip.name}:{'x'.join(map(str, shape))}"
-        return _built(name + (f" x{slices} slices" if slices > 1 else ""), chip, shape, slices)
 
-    if chip.platform == "gpu":
-        node = max(n for n in range(1, min(chips, *chip.links.largest) + 1) if chips % n == 0)
-        return named((node, chips // node) if chips > node else (node,))
+def _named(chip: Chip, shape: tuple[int, ...], slices: int) -> str:
+    several = f" x{slices} slices" if slices > 1 else ""
+    return f"{chip.name}:{'x'.join(map(str, shape))}{several}"
+
+
+def _next(chips: int, chip: Chip) -> tuple[int, tuple[int, ...], int]:
+    """The first number from `chips` on that they come in, the shape of a slice, and how many.
+
+    They come in as few slices, or nodes, as hold them, all alike.
+    """
     if chip.platform == "cpu":
-        return named((chips,))
+        return chips, (chips,), 1
+    most = math.prod(chip.links.largest)
+    for n in itertools.count(chips):
+        groups = -(-n // most)
+        if n % groups:
+            continue
+        if chip.platform == "gpu":
+            return n, (n // groups, groups) if groups > 1 else (n,), 1
+        if shapes := _tori(n // groups, chip.links):
+            rings = {shape: all(_wrapping(shape, chip.links)) for shape in shapes}
+            return n, max(shapes, key=lambda shape: (rings[shape], sorted(shape))), groups
+    raise AssertionError("slices of the largest shape are as many as one likes")
 
-    def squarest(shape: tuple[int, ...]) -> tuple[Any, ...]:
-        return all(_wrapping(shape, chip.links)), sorted(shape)
 
-    for slices in range(1, chips + 1):
-        shapes = [] if chips % slices else _tori(chips // slices, chip.links)
-        if shapes:
-            return named(max(shapes, key=squarest), slices)
-    raise AssertionError("a chip is a slice of its own")
+def _form(chip: Chip) -> str:
+    """What a slice, or a node, can be."""
+    links = chip.links
+    most = f"{math.prod(links.largest)} chips"
+    if chip.platform == "gpu":
+        return f"at most {most}"
+    if len(links.largest) == 2:
+        return f"part of {'x'.join(map(str, links.largest))}, {most}"
+    cube = "x".join([str(links.wraps)] * 3)
+    return f"part of a cube of {cube}, or whole cubes, at most {most}"
 
 
 def _tori(chips: int, links: Links) -> list[tuple[int, ...]]:
@@ -256,10 +294,16 @@ def _tori(chips: int, links: Links) -> list[tuple[int, ...]]:
 
 
 def _fits(shape: tuple[int, ...], links: Links) -> bool:
-    """Whether a slice has this shape: its cubes come in any, but a torus of two dims is wired."""
-    wired = len(links.largest) == 2
-    within = all(n <= m for n, m in zip(sorted(shape), links.largest, strict=True))
-    return math.prod(shape) <= math.prod(links.largest) and (within or not wired)
+    """Whether a slice has this shape.
+
+    A torus of two dims is wired; of three, whole cubes are joined in any shape, and only within one
+    are there smaller slices, with sides of 1, 2 or 4.
+    """
+    if len(shape) == 2:
+        return all(n <= m for n, m in zip(sorted(shape), links.largest, strict=True))
+    cube = links.wraps or 1
+    whole = all(n % cube == 0 for n in shape) and math.prod(shape) <= math.prod(links.largest)
+    return whole or all(cube % n == 0 for n in shape)
 
 
 def _wrapping(shape: tuple[int, ...], links: Links) -> tuple[bool, ...]:
@@ -275,17 +319,19 @@ def _tpu(name: str, kind: Chip, shape: tuple[int, ...], slices: int) -> tuple[Le
     links, dims = kind.links, len(kind.links.largest)
     if shape == (1,):
         shape = (1,) * dims
-    largest = "x".join(map(str, links.largest))
     if len(shape) != dims:
         raise MeshError(
             f"topology {name!r} has {len(shape)} dims, but {kind.name} chips form a torus of "
-            f"{dims}, of at most {largest}."
+            f"{dims}, of at most {'x'.join(map(str, links.largest))}."
         )
     if not _fits(shape, links):
+        chips = math.prod(shape) * slices
+        most = chips if kind.network is not None else math.prod(links.largest)
+        _, possible, several = _next(min(chips, most), kind)
         raise MeshError(
             f"topology {name!r} is a slice of {'x'.join(map(str, shape))}, {math.prod(shape)} "
-            f"chips, but the largest of {kind.name} is {largest}, {math.prod(links.largest)} "
-            f"chips; use several slices: '{kind.name}:{largest} x2 slices'."
+            f"chips, but one of {kind.name} is {_form(kind)}; write "
+            f"'{_named(kind, possible, several)}'."
         )
     share = links.bandwidth / kind.devices
     levels = [

@@ -94,7 +94,12 @@ def test_the_curve_of_the_chip_that_was_measured() -> None:
     ("name", "message"),
     [
         ("tpu-v5", "'tpu-v5' is not a chip; did you mean 'tpu-v5p'? There are tpu-v2, "),
-        ("H100", "'H100' is not a chip; did you mean "),
+        ("H100", "'H100' is not a chip; did you mean 'h100'? There are tpu-v2, "),
+        ("A100", "'A100' is not a chip; did you mean 'a100'? "),
+        ("B200", "'B200' is not a chip; did you mean 'b200'? "),
+        ("TPU-V4", "'TPU-V4' is not a chip; did you mean 'tpu-v4'? "),
+        ("v4", "'v4' is not a chip; did you mean 'tpu-v4'? "),
+        ("v8", "'v8' is not a chip. There are tpu-v2, "),
         ("", "'' is not a chip. There are tpu-v2, "),
     ],
 )
@@ -105,12 +110,20 @@ def test_unknown_chips(name: str, message: str) -> None:
     assert str(error.value).endswith("gb200, cpu.")
 
 
-def test_a_chip_without_a_peak_for_the_dtype() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "way_out"),
+    [
+        ("float64", "or take v100."),
+        ("int32", "as no chip here has one for it."),
+        ("complex64", "as no chip here has one for it."),
+    ],
+)
+def test_a_chip_without_a_peak_for_the_dtype(dtype: str, way_out: str) -> None:
     with pytest.raises(MeshError) as error:
-        chip("tpu-v3").peak_flops(np.dtype("float64"))
+        chip("tpu-v3").peak_flops(np.dtype(dtype))
     assert str(error.value) == (
-        "tpu-v3 has no published peak for float64: it has one for bfloat16, float32; compute in "
-        "one of these, or take another chip."
+        f"tpu-v3 has no published peak for {dtype}: it has one for bfloat16, float32; compute the "
+        f"product in one of these, {way_out}"
     )
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from gspmd.cli.commands import app
 from gspmd.cli.estimate import Request, Row, best, read_shapes, shapes, sweep
+from gspmd.cli.scaling import curves, longest
 from gspmd.cli.terminal import InputError
 
 PROGRAM = """
@@ -25,6 +26,14 @@ def step():
     w = {"up": f32(1024, 4096), "down": f32(4096, 1024)}
     rules = {"batch": "data", "mlp": "model"}
     return jax.grad(loss), (w, f32(8192, 1024)), {"rules": rules}
+"""
+
+LOOP = """
+import jax, jax.numpy as jnp
+
+def step():
+    run = lambda x: jax.lax.while_loop(lambda c: jnp.sum(c) < 10, lambda c: c @ c, x)
+    return run, (jax.ShapeDtypeStruct((64, 64), jnp.float32),)
 """
 
 
@@ -54,7 +63,7 @@ def fail(*words: str) -> str:
 def test_report_prints_time_utilization_and_memory(target: str) -> None:
     text = succeed("report", target, "--mesh", "data=8,model=4", "--topology", "tpu-v4:2x4x4")
     assert "tpu-v4:2x4x4 32 chips, 32 devices" in text
-    for name in ("step", "MFU", "HFU", "as GSPMD counts", "memory", "compute", "exposed"):
+    for name in ("step", "MFU", "HFU", "as GSPMD counts", "memory", "energy", "compute", "exposed"):
         assert f"\n{name} " in text
     assert "all_reduce" in text
     assert "dot_general" in text
@@ -143,8 +152,43 @@ def test_processes_find_the_same_rows(target: str) -> None:
 def test_a_shape_that_cannot_be_planned_says_why(tmp_path: Path) -> None:
     path = tmp_path / "bad.py"
     path.write_text(PROGRAM.replace('"mlp": "model"', '"mlp": "z"'))
-    words = ("--topology", "h100:4x1", "--mesh-shapes", "2x2", "--processes", "1")
-    assert "data=2,model=2: " in succeed("sweep", f"{path}:step", *words)
+    image = tmp_path / "sweep.png"
+    words = ("--topology", "h100:4x1", "--processes", "1", "--plot", str(image))
+    done = invoke("sweep", f"{path}:step", *words)
+    assert "\ndata=4,model=1: rules['mlp'] names mesh axis 'z', but" in done.stdout
+    # None can be: that is an error, and nothing is drawn.
+    assert done.exit_code == 2
+    assert "none of the 3 mesh shapes can be reported on; of data=4,model=1: " in done.stderr
+    assert not image.exists()
+
+
+def test_a_loop_without_a_bound_is_told_how_often_it_runs(tmp_path: Path) -> None:
+    path = tmp_path / "loop.py"
+    path.write_text(LOOP)
+    words = ("sweep", f"{path}:step", "--topology", "h100:2x1", "--processes", "1")
+    said = fail(*words)
+    assert "has no bound, so that its time is unknown; say how often it runs, with trips=" in said
+    assert "trips=100 or --trips 100, or write it as a scan" in said
+    assert invoke(*words).stdout.count("has no bound") == 1  # what is true of all shapes, once
+    assert "data=2,model=1  49.2 kB  yes" in succeed(*words, "--trips", "100")
+
+
+@pytest.mark.parametrize("option", ["--strategy=2d", "--batch=8", "--optimizer=sgd"])
+def test_what_is_for_models_alone(target: str, option: str) -> None:
+    for command in ("report", "sweep"):
+        mesh = ("--mesh", "data=4,model=2") if command == "report" else ("--processes", "1")
+        said = fail(command, target, "--topology", "h100:8", *mesh, option)
+        name = option.partition("=")[0]
+        assert (
+            f"{name} is for models.NAME:CONFIG, but {target} makes its own step; leave it " in said
+        )
+
+
+def test_a_sweep_of_no_examples() -> None:
+    words = ("--topology", "h100:8x1", "--batch", "0")
+    assert fail("sweep", "models.transformer:tiny", *words) == (
+        "gspmd: --batch 0 on 8 devices is 0 examples in a step; give at least 0.125 a device.\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,3 +211,24 @@ def test_the_best_is_the_quickest_that_fits() -> None:
 
     rows = [row("a", 3, 5), row("a", 1, 20), row("a", 2, 5), row("b", 1, 5, "no"), row("b", 9, 5)]
     assert [r.step for r in best(rows)] == [2, 9]
+
+
+def test_a_line_is_drawn_for_each_kind_of_chip() -> None:
+    def row(topology: str, step: float, peak: float = 5) -> Row:
+        return Row(topology, 8, "x=8", peak_bytes=peak, memory=10, step=step)
+
+    names = ("tpu-v4:4x4x8", "tpu-v3:16x16", "tpu-v3:8x8", "tpu-v3:8x16", "tpu-v3:4x32")
+    rows = [row(name, step) for step, name in enumerate(names, start=1)]
+    found = curves([*rows, row("tpu-v3:8x8", 177, peak=20)])
+    assert {chip: {n: r.topology for n, r in curve.items()} for chip, curve in found.items()} == {
+        "tpu-v4": {128: "tpu-v4:4x4x8"},
+        "tpu-v3": {256: "tpu-v3:16x16", 64: "tpu-v3:8x8", 128: "tpu-v3:8x16"},
+    }
+
+
+def test_what_does_not_fit_does_not_stretch_the_axis() -> None:
+    rows = [
+        Row("h100:8", 8, "x=8", peak_bytes=p, memory=10, step=s) for s, p in ((2, 5), (177, 20))
+    ]
+    assert longest(rows) == 2
+    assert longest(rows[1:]) == 177

@@ -122,6 +122,17 @@ def test_a_port_in_use_is_refused():
         launch.check_port(70000)
 
 
+def test_logs_that_cannot_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = ["--processes", "1", "--devices-per-process", "1", "--logs", str(tmp_path / "file/x")]
+    done = CliRunner().invoke(app, ["launch", *words, "--", "bash", "-c", "exit 3"])
+    assert done.exit_code == 2
+    assert done.stderr == (
+        f"gspmd: --logs {tmp_path}/file/x: Not a directory; name a folder that can be written to, "
+        "or leave it out to keep no logs.\n"
+    )
+
+
 # ----------------------------------------------------------------------- what a process makes of it
 
 PLACE = {ADDRESS: "host:12", COUNT: "2", NUMBER: "1"}

@@ -277,6 +277,25 @@ def test_unknown_names() -> None:
         seconds("all_gather", GB, ("b",), it)
 
 
+@pytest.mark.parametrize("pair", [(0, 99), (0, -1)])
+def test_pairs_that_are_not_along_the_axes(pair: tuple[int, int]) -> None:
+    with pytest.raises(MeshError) as error:
+        seconds("collective_permute", GB, ("a",), placed("h100:8"), [(0, 1), pair])
+    assert str(error.value) == (
+        f"the pair {pair} of a collective_permute names a device that is not along a, which has 8; "
+        "number them from 0 to 7."
+    )
+
+
+@pytest.mark.parametrize("bytes", [-1.0, float("nan"), float("inf")])
+def test_bytes_that_are_no_number_of_bytes(bytes: float) -> None:
+    with pytest.raises(MeshError) as error:
+        seconds("all_gather", bytes, ("a",), placed("h100:8"))
+    assert str(error.value) == (
+        f"all_gather of {bytes} bytes a device; give a number that is at least 0."
+    )
+
+
 def test_sub_axes_of_a_mesh() -> None:
     it = placed("h100:8x4")
     cut = it.refined(Mesh((("a", 32),)).refine("a", 4))

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,8 @@ from gspmd.meshes.network import KINDS
 from gspmd.sharding import Mesh
 
 KINDS_OF_DEVICES = {
+    "tpu-v2": "TPU v2",
+    "tpu-v3": "TPU v3",
     "tpu-v4": "TPU v4",
     "tpu-v5e": "TPU v5 lite",
     "tpu-v5p": "TPU v5p",
@@ -70,8 +73,10 @@ def mesh_of(sizes: Sequence[int]) -> Mesh:
         "tpu-v4:4x4x8",
         "tpu-v5e:8x16",
         "tpu-v6e:4x8",
-        "tpu-v5p:4x4x6",
+        "tpu-v5p:4x4x12",
         "tpu-v7:4x4x4",
+        "tpu-v4:2x2x1",
+        "tpu-v5e:4x8",
     ],
 )
 def test_without_traffic_a_mesh_lies_as_jax_places_it(name: str) -> None:
@@ -81,6 +86,23 @@ def test_without_traffic_a_mesh_lies_as_jax_places_it(name: str) -> None:
         expected = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         placed = make_mesh(mesh_of(sizes), it).device_array()
         assert (placed == numbers(expected)).all(), sizes
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tpu-v2:4x4", "tpu-v3:4x4", "tpu-v5e:2x2", "tpu-v5e:4x4", "tpu-v5p:2x2x2", "tpu-v6e:2x4",
+     "tpu-v7:2x2x4"],
+)  # fmt: skip
+def test_where_jax_places_otherwise(name: str) -> None:
+    """The exceptions that `make_mesh` names."""
+    it = topology(name)
+    devices = devices_of(it)
+    jaxs = numbers(mesh_utils.create_device_mesh((it.devices,), devices))
+    ours = make_mesh({"a": it.devices}, it).device_array()
+    assert sorted(jaxs) == sorted(ours)
+    assert (jaxs != ours).any()
+    listed = it.chip.name in ("tpu-v2", "tpu-v3")
+    assert (jaxs == np.arange(it.devices)).all() == listed
 
 
 @pytest.mark.parametrize(
@@ -283,6 +305,26 @@ def test_meshes_that_do_not_fit(
     with pytest.raises(MeshError) as error:
         make_mesh(sizes, topology("h100:8x4"), parts=parts)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "where", "message"),
+    [
+        ({"x": 64.0}, "h100:8x8", "mesh axis 'x' has size 64.0; a size is an int of at least 1."),
+        ({"x": "64"}, "h100:8x8", "mesh axis 'x' has size '64'; a size is an int of at least 1."),
+        ("x=64", "h100:8x8", """with their sizes, such as {"data": 8}, got 'x=64' of type str."""),
+        ({"x": 64}, 64, "such as 'h100:8x4', got 64 of type int."),
+    ],
+)
+def test_what_is_no_mesh_or_topology(shape: Any, where: Any, message: str) -> None:
+    with pytest.raises(MeshError) as error:
+        make_mesh(shape, where)
+    assert message in str(error.value)
+
+
+def test_a_topology_by_its_name() -> None:
+    name = "tpu-v4:4x4x4"
+    assert make_mesh({"a": 16, "b": 4}, name) == make_mesh({"a": 16, "b": 4}, topology(name))
 
 
 def test_a_sub_axis_across_levels_that_it_does_not_divide() -> None:

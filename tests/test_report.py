@@ -130,6 +130,12 @@ def test_it_prints(report: Report) -> None:
     text = str(report)
     assert text.startswith(f"# mlp_loss on 32 devices of {POD}")
     assert f"MFU {100 * report.mfu:.1f} %" in text
+    assert " kWh a step, the chips alone" in text
+
+
+def test_an_energy_that_is_not_known_says_so(plan: gspmd.Plan) -> None:
+    text = str(plan.report("tpu-v5e"))
+    assert "energy         not published: the mean power of tpu-v5e" in text
 
 
 def test_what_does_not_fit_is_a_finding(plan: gspmd.Plan) -> None:
@@ -159,6 +165,13 @@ def test_a_topology_of_other_chips(plan: gspmd.Plan) -> None:
 def test_a_chip_that_there_is_not(plan: gspmd.Plan) -> None:
     with pytest.raises(gspmd.MeshError, match=r"'tpu-v9' is not a chip.* There are tpu-v2"):
         plan.report("tpu-v9")
+
+
+def test_what_is_no_chip_or_topology(plan: gspmd.Plan) -> None:
+    with pytest.raises(gspmd.MeshError, match="such as 'h100', got None of type NoneType"):
+        plan.report(None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(gspmd.MeshError, match="such as 'h100:8x4', got 4 of type int"):
+        plan.report("h100", 4)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_chip_without_a_peak_for_the_programs_dtype(plan: gspmd.Plan) -> None:

@@ -20,7 +20,7 @@ def shapes(name: str) -> dict[str, tuple[int, str]]:
         ("tpu-v4:4x4x4", {"x": (4, "ring"), "y": (4, "ring"), "z": (4, "ring")}),
         # The wraparound is between cubes of 4x4x4.
         ("tpu-v4:2x2x4", {"x": (2, "line"), "y": (2, "line"), "z": (4, "line")}),
-        ("tpu-v5p:4x8x6", {"x": (4, "line"), "y": (8, "line"), "z": (6, "line")}),
+        ("tpu-v5p:4x4x2", {"x": (4, "line"), "y": (4, "line"), "z": (2, "line")}),
         ("tpu-v5e:8x16", {"x": (8, "line"), "y": (16, "ring")}),
         ("tpu-v6e:16x16", {"x": (16, "ring"), "y": (16, "ring")}),
         ("tpu-v2:16x16", {"core": (2, "switch"), "x": (16, "ring"), "y": (16, "ring")}),
@@ -146,6 +146,7 @@ def test_the_smallest_topology(chip_name: str, devices: int, name: str) -> None:
     it = smallest(chip(chip_name), devices)
     assert it.name == name
     assert it.devices == devices
+    assert smallest(chip_name, devices) == it
     own = dataclasses.replace(it.chip, name="mine")  # a chip that no table knows
     assert smallest(own, devices) == Topology(name.replace(chip_name, "mine"), own, it.levels)
 
@@ -155,9 +156,18 @@ def test_the_smallest_topology(chip_name: str, devices: int, name: str) -> None:
     [
         ("tpu-v8:4x4", "'tpu-v8' is not a chip; did you mean 'tpu-v7'? There are tpu-v2, "),
         ("tpu-v4:4x4", "has 2 dims, but tpu-v4 chips form a torus of 3, of at most 16x16x16."),
-        ("tpu-v5e:16x32", "is a slice of 16x32, 512 chips, but the largest of tpu-v5e is 16x16, "
-         "256 chips; use several slices: 'tpu-v5e:16x16 x2 slices'."),
-        ("tpu-v4:16x16x32", "is a slice of 16x16x32, 8192 chips, but the largest of tpu-v4 is "),
+        ("tpu-v5e:16x32", "is a slice of 16x32, 512 chips, but one of tpu-v5e is part of 16x16, "
+         "256 chips; write 'tpu-v5e:16x16 x2 slices'."),
+        ("tpu-v5e:1x256", "is a slice of 1x256, 256 chips, but one of tpu-v5e is part of 16x16, "
+         "256 chips; write 'tpu-v5e:16x16'."),
+        ("tpu-v3:32x64", "one of tpu-v3 is part of 32x32, 1024 chips; write 'tpu-v3:32x32'."),
+        ("tpu-v4:16x16x32", "is a slice of 16x16x32, 8192 chips, but one of tpu-v4 is part of a "
+         "cube of 4x4x4, or whole cubes, at most 4096 chips; write 'tpu-v4:16x16x16 x2 slices'."),
+        ("tpu-v4:3x5x7", "is a slice of 3x5x7, 105 chips, but one of tpu-v4 is part of a cube of "
+         "4x4x4, or whole cubes, at most 4096 chips; write 'tpu-v4:4x4x8'."),
+        ("tpu-v4:8x8x17", "write 'tpu-v4:4x4x68'."),
+        ("tpu-v4:1000x2x2", "write 'tpu-v4:12x12x28'."),
+        ("tpu-v5p:4x8x6", "write 'tpu-v5p:4x4x12'."),
         ("tpu-v3:32x32 x2 slices", "no bandwidth between slices of tpu-v3 is published"),
         ("h100:16x2", "has 16 GPUs in a node, but NVLink joins at most 8 of h100; write "
          "'h100:8x4'."),
@@ -177,6 +187,26 @@ def test_names_that_mean_nothing(name: str, message: str) -> None:
 def test_no_topology_of_half_a_chip() -> None:
     with pytest.raises(MeshError, match="3 devices are no whole number of tpu-v3 chips of 2; use"):
         smallest(chip("tpu-v3"), 3)
+
+
+@pytest.mark.parametrize(
+    ("chip_name", "devices", "message"),
+    [
+        ("h100", 11, "11 chips of h100 cannot be shared out evenly: a node is at most 8 chips; use "
+         "12 devices, 'h100:6x2', or name the topology that you have."),
+        ("h100", 26, "use 28 devices, 'h100:7x4', or"),
+        ("tpu-v4", 17, "17 chips of tpu-v4 cannot be shared out evenly: a slice is part of a cube "
+         "of 4x4x4, or whole cubes, at most 4096 chips; use 32 devices, 'tpu-v4:2x4x4', or "),
+        ("tpu-v4", 9000, "use 9024 devices, 'tpu-v4:4x4x188 x3 slices', or"),
+        ("tpu-v7", 34, "17 chips of tpu-v7 cannot be shared out evenly: a slice is part of a cube "
+         "of 4x4x4, or whole cubes, at most 9216 chips; use 64 devices, 'tpu-v7:2x4x4', or"),
+        ("tpu-v5e", 17, "a slice is part of 16x16, 256 chips; use 18 devices, 'tpu-v5e:3x6', or"),
+    ],
+)  # fmt: skip
+def test_chips_that_cannot_be_shared_out(chip_name: str, devices: int, message: str) -> None:
+    with pytest.raises(MeshError) as error:
+        smallest(chip(chip_name), devices)
+    assert message in str(error.value)
 
 
 SWITCH = Level("nodes", 4, "switch", 1e9, 1e-6)

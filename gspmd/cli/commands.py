@@ -125,11 +125,14 @@ Chip = Annotated[
 Strategy = Annotated[
     str | None, typer.Option(help="For a model: what splits what: data, fsdp, tensor, 2d, ...")
 ]
-Optimizer = Annotated[str, typer.Option(help="For a model: adafactor, adamw or sgd.")]
+Optimizer = Annotated[
+    str | None, typer.Option(help="For a model: adafactor, if not said, adamw or sgd.")
+]
 Microbatches = Annotated[
     int | None,
     typer.Option(min=1, help="For a mesh axis 'stage', a pipeline: the parts of a batch."),
 ]
+Trips = Annotated[int | None, typer.Option(min=1, help="How often a loop without a bound runs.")]
 ModelTarget = Annotated[
     str,
     typer.Argument(metavar="TARGET", help="FILE.py:FUNCTION, or models.glam:64B_64E."),
@@ -149,11 +152,9 @@ def report_command(
     batch: Annotated[
         int | None, typer.Option(min=1, help="For a model: examples in a step; 1 a device.")
     ] = None,
-    optimizer: Optimizer = "adafactor",
+    optimizer: Optimizer = None,
     microbatches: Microbatches = None,
-    trips: Annotated[
-        int | None, typer.Option(min=1, help="How often a loop without a bound runs.")
-    ] = None,
+    trips: Trips = None,
     why: Annotated[
         str | None, typer.Option(metavar="NUMBER", help="What a number is made of: flops.model.")
     ] = None,
@@ -200,10 +201,12 @@ def sweep(
     rules: RulesOption = None,
     strategy: Strategy = None,
     batch: Annotated[
-        float, typer.Option(min=0.0, help="For a model: examples in a step for each device.")
-    ] = 1.0,
-    optimizer: Optimizer = "adafactor",
+        float | None,
+        typer.Option(min=0.0, help="For a model: examples in a step for each device; 1."),
+    ] = None,
+    optimizer: Optimizer = None,
     microbatches: Microbatches = None,
+    trips: Trips = None,
     effort: Annotated[int, typer.Option(min=0, max=2, help="As in gspmd.plan.")] = 1,
     processes: Annotated[int, typer.Option(min=1, help="Plans that are made at once.")] = 2,
     plot: Annotated[
@@ -222,7 +225,7 @@ def sweep(
         if plot is not None:
             check_drawable(plot)
         request = estimate.Request(
-            target, read_rules(rules or ()), strategy, batch, optimizer, effort, microbatches
+            target, read_rules(rules or ()), strategy, batch, optimizer, effort, microbatches, trips
         )
         names = [name.strip() for name in axes.split(",")]
         count, found = estimate.sweep(request, topology, names, mesh_shapes, processes)
@@ -231,6 +234,7 @@ def sweep(
             say_json({"rows": [show_report.row_json(row) for row in rows]})
         else:
             say(show_report.table(rows))
+        estimate.check_found(rows)
         if plot is not None:
             scaling.save(plot, rows, target)
 
@@ -335,7 +339,7 @@ def launch_command(
         if port is not None:
             launch.check_port(port)
         if logs is not None:
-            logs.mkdir(parents=True, exist_ok=True)
+            launch.make_folder(logs)
         folder = logs or Path(closing.enter_context(tempfile.TemporaryDirectory()))
         raise typer.Exit(launch.run(made, port or launch.free_port(), folder, tell=complain))
 

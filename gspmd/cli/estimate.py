@@ -21,16 +21,32 @@ class Request:
     """What is planned for each mesh: a target of the command line with what is said beside it.
 
     `batch`, `strategy`, `optimizer` and `microbatches` are for the reference models; `batch` is per
-    device.
+    device. `trips` is how often a loop without a bound runs.
     """
 
     target: str
     rules: Rules | None = None
     strategy: str | None = None
-    batch: float = 1.0
-    optimizer: str = "adafactor"
+    batch: float | None = None
+    optimizer: str | None = None
     effort: int = 1
     microbatches: int | None = None
+    trips: int | None = None
+
+    def examples(self, devices: int) -> int | None:
+        """The examples of a step on so many devices; None where nothing is said.
+
+        Raises:
+          InputError: there are none.
+        """
+        if self.batch is None:
+            return None
+        if (found := round(self.batch * devices)) < 1:
+            raise InputError(
+                f"--batch {self.batch:g} on {devices} devices is {found} examples in a step; give "
+                f"at least {1 / devices:g} a device."
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,8 +119,10 @@ def sweep(
     """How many rows there are, and the rows as they are found: each topology's in their order.
 
     Raises:
-      GspmdError: a topology is unknown, or a shape does not fit it.
+      GspmdError: a topology is unknown, a shape does not fit it, or it gets no example.
     """
+    for name in names:
+        request.examples(meshes.topology(name).devices)
     jobs = [
         (name, mesh)
         for name in names
@@ -148,12 +166,12 @@ def estimate(request: Request, topology: Topology, mesh: str) -> Row:
         request.target,
         mesh=mesh,
         strategy=request.strategy,
-        batch=max(1, round(request.batch * topology.devices)),
+        batch=request.examples(topology.devices),
         optimizer=request.optimizer,
         microbatches=request.microbatches,
     )
     plan = make_plan(subject, mesh, request.rules or {}, effort=request.effort)
-    made = plan.report(topology.chip, topology)
+    made = plan.report(topology.chip, topology, trips=request.trips)
     return Row(
         topology.name,
         topology.devices,
@@ -169,6 +187,15 @@ def estimate(request: Request, topology: Topology, mesh: str) -> Row:
         made.hfu,
         sum(row.bubble for row in made.pipelines),
     )
+
+
+def check_found(rows: Sequence[Row]) -> None:
+    """Raises InputError if there is a reason for each of the rows why it has no numbers."""
+    if all(row.failure for row in rows):
+        raise InputError(
+            f"none of the {len(rows)} mesh shapes can be reported on; of {rows[0].mesh}: "
+            f"{rows[0].failure}"
+        )
 
 
 def best(rows: Iterable[Row]) -> list[Row]:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -107,6 +108,19 @@ def check_port(port: int) -> None:
                 f"port {port} of this machine {why}; take another one with --port, or leave it out "
                 "for one that is free."
             ) from error
+
+
+def make_folder(logs: Path) -> None:
+    """Raises DistributedError if nothing can be written to `logs`, which is made if need be."""
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=logs):
+            pass
+    except OSError as error:
+        raise DistributedError(
+            f"--logs {logs}: {error.strerror}; name a folder that can be written to, or leave it "
+            "out to keep no logs."
+        ) from error
 
 
 def run(launch: Launch, port: int, logs: Path, tell: Callable[[str], None]) -> int:

@@ -45,23 +45,31 @@ def read_subject(
     mesh: str | None = None,
     strategy: str | None = None,
     batch: int | None = None,
-    optimizer: str = "adafactor",
+    optimizer: str | None = None,
     microbatches: int | None = None,
 ) -> Subject:
     """What `FILE.py:FUNCTION`, or `models.NAME:CONFIG`, stands for.
 
-    What comes after `target` is for the reference models, whose training step depends on it:
+    What comes after `mesh` is for the reference models, whose training step depends on it:
     `batch` examples, by default one for each device of `mesh`, in so many `microbatches` where the
     mesh has an axis "stage".
 
     Raises:
-      InputError: no such file or function, it fails, or it gives something else.
+      InputError: no such file or function, it fails, or it gives something else; an option that is
+        for the reference models alone.
       GspmdError: no such model, configuration or strategy.
     """
     file, _, name = target.rpartition(":")
+    given = strategy, batch, optimizer, microbatches
     if file.startswith("models.") and not file.endswith(".py"):
-        given = strategy, batch, optimizer, microbatches
         return _reference(file.removeprefix("models."), name, mesh, *given)
+    options = ("strategy", "batch", "optimizer", "microbatches")
+    for option, value in zip(options, given, strict=True):
+        if value is not None:
+            raise InputError(
+                f"--{option} is for models.NAME:CONFIG, but {target} makes its own step; leave it "
+                "out."
+            )
     if not file or not name.isidentifier():
         raise InputError(
             f"{target!r} is neither FILE.py:FUNCTION nor models.NAME:CONFIG; write "
@@ -87,7 +95,7 @@ def _reference(
     mesh: str | None,
     strategy: str | None,
     batch: int | None,
-    optimizer: str,
+    optimizer: str | None,
     microbatches: int | None,
 ) -> Subject:
     from gspmd.models import catalog  # with flax and optax, which other targets do without
@@ -101,7 +109,7 @@ def _reference(
         dict(logical.axes),
         batch_size=logical.devices if batch is None else batch,
         strategy="2d" if strategy is None else strategy,
-        optimizer=optimizer,
+        optimizer="adafactor" if optimizer is None else optimizer,
         microbatches=microbatches,
     )
     return Subject(made.fn, made.args, made.options)

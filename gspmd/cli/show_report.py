@@ -16,7 +16,7 @@ from gspmd.cli.estimate import Row, best
 from gspmd.cli.show import FAINT, HEAD, show_bytes
 from gspmd.cli.terminal import console
 from gspmd.compiled import Comparison
-from gspmd.report import PARTS, Report, show_pipeline
+from gspmd.report import PARTS, Report, show_energy, show_pipeline
 from gspmd.sharding import show_axes
 
 _BAR = 40  # characters
@@ -71,8 +71,7 @@ def _numbers(made: Report) -> RenderableType:
         ),
     ]
     rows += [("pipeline", show_pipeline(row, made.seconds.step)) for row in made.pipelines]
-    if made.joules is not None:
-        rows.append(("energy", f"{made.joules / 3.6e6:.3g} kWh a step, the chips alone"))
+    rows.append(("energy", show_energy(made)))
     for name, text in rows:
         table.add_row(Text(name, HEAD), text)
     table.show_header = False
@@ -164,8 +163,18 @@ def table(rows: Sequence[Row]) -> RenderableType:
             f"{100 * row.mfu:.1f} %",
             style=style,
         )
-    failures = [Text(f"{row.mesh}: {row.failure}", FAINT) for row in rows if row.failure]
-    return Group(made, *failures)
+    return Group(made, *_failures(rows))
+
+
+def _failures(rows: Iterable[Row]) -> Iterator[Text]:
+    """A line for each reason why there is no report, with the meshes that it is true of."""
+    meshes: dict[str, list[str]] = {}
+    for row in rows:
+        if row.failure:
+            meshes.setdefault(row.failure, []).append(row.mesh)
+    for failure, found in meshes.items():
+        others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        yield Text(f"{found[0]}{others}: {failure}", FAINT)
 
 
 def progress(rows: Iterable[Row], count: int, quiet: bool) -> Iterator[Row]:
