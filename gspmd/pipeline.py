@@ -19,15 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax, tree_util
 from jax.ad_checkpoint import checkpoint_name
-from jax.core import eval_jaxpr
 from jax.sharding import PartitionSpec as P
 
-from gspmd._compat import is_tracer
 from gspmd.annotate import annotate
-from gspmd.bubble import At, Step, Ticks, either, guarded
+from gspmd.bubble import At, Step, Ticks, either, guarded, opened
 from gspmd.findings import PIPELINE
 from gspmd.rules.pointwise import is_pointwise
-from gspmd.stages import PipelineError, leading
+from gspmd.stages import TAKES_ITS_PLACE, PipelineError, alike, entries, leading, show_types, whole
 
 Schedule = Literal["gpipe", "circular"]
 Policy = Callable[..., Any]
@@ -92,10 +90,15 @@ def pipeline(
     """
     held = {name: tree for name, tree in (("cache", cache), ("state", state)) if tree is not None}
     others = () if sides is None else (sides,)
+    if not (isinstance(remat, bool) or callable(remat)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PipelineError(
+            f"remat={remat!r}: it is True, False, or a policy, such as "
+            "jax.checkpoint_policies.dots_saveable."
+        )
     ticks = _ticks(schedule, stages, repeats, stage_params, microbatches, sides, held)
     fn, enclosed = _opened(stage_fn, ticks, stage_params, microbatches, others, held)
     run = _stages(fn, enclosed, others, ticks, remat)
-    is_first_S = jnp.arange(stages) == 0
+    is_first_S = jnp.arange(ticks.stages) == 0
 
     def split(tree: Any) -> Any:
         """`tree`, its leading dims split over the axis, and all others as others say."""
@@ -104,7 +107,7 @@ def pipeline(
 
     def queued(x: Any) -> jax.Array:
         """A queue for each stage, though the first one's alone will be asked."""
-        x_S = jnp.broadcast_to(x, (stages, *jnp.shape(x)))
+        x_S = jnp.broadcast_to(x, (ticks.stages, *jnp.shape(x)))
         more = ticks.places - ticks.microbatches
         return jnp.pad(x_S, [(0, 0), (0, more)] + [(0, 0)] * (x_S.ndim - 2))
 
@@ -237,50 +240,28 @@ def _opened(
     one, side = _first(x, 1), _first(sides, 1)
     kept = {name: _first(tree, dims[name]) for name, tree in held.items()}
     args = (_first(params, own), one, *side, *kept.values())
-    afresh = lambda *args: stage_fn(*args)  # noqa: E731 - JAX remembers a function's jaxpr
-    jaxpr, made = jax.make_jaxpr(afresh, return_shape=True)(*args)
+    call, enclosed, made = opened(stage_fn, *args)
     if held and not (isinstance(made, tuple) and len(made) == 1 + len(held)):
         raise PipelineError(
             f"stage_fn must return ({', '.join(['y', *held])}), since the pipeline has a "
             f"{' and a '.join(held)}."
         )
     y, *new = made if held else (made,)
-    _alike("its input", one, y)
+    why = "every stage's output is another's input"
+    around = (
+        "Put what changes the shape, such as embedding and softmax, before and after the pipeline; "
+        f"the stage was given {show_types(args[0])}, repeats={ticks.repeats}"
+    )
+    alike("stage_fn", "its input", one, y, why, around)
     for name, after in zip(kept, new, strict=True):
-        _alike(f"the {name}", kept[name], after)
-    tree = tree_util.tree_structure(made)
-
-    smooth = [is_tracer(x) and jnp.issubdtype(x.dtype, jnp.inexact) for x in jaxpr.consts]
-
-    def fn(enclosed: list[jax.Array], *args: Any) -> tuple[Any, ...]:
-        left = iter(enclosed)
-        consts = [next(left) if s else x for s, x in zip(smooth, jaxpr.consts, strict=True)]
-        leaves = tree_util.tree_leaves(args)
-        made = tree_util.tree_unflatten(tree, eval_jaxpr(jaxpr.jaxpr, consts, *leaves))
-        return made if held else (made,)
-
-    return fn, [x for s, x in zip(smooth, jaxpr.consts, strict=True) if s]
+        alike("stage_fn", f"the {name}", kept[name], after, TAKES_ITS_PLACE)
+    fn = call if held else lambda *given: (call(*given),)
+    return fn, enclosed
 
 
 def _first(tree: Any, dims: int) -> Any:
     """The first entry of arrays along their leading dims, of which nothing but the type counts."""
     return jax.tree.map(lambda x: jnp.asarray(x)[(0,) * dims], tree)
-
-
-def _alike(what: str, given: Any, made: Any) -> None:
-    if tree_util.tree_structure(given) != tree_util.tree_structure(made):
-        raise PipelineError(
-            f"stage_fn returns {tree_util.tree_structure(made)} for {what} of structure "
-            f"{tree_util.tree_structure(given)}; every stage's output is another's input."
-        )
-    pairs = zip(tree_util.tree_leaves(given), tree_util.tree_leaves(made), strict=True)
-    for a, b in pairs:
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            raise PipelineError(
-                f"stage_fn returns {b.dtype}{list(b.shape)} for {what} of "
-                f"{a.dtype}{list(a.shape)}; every stage's output is another's input. Put what "
-                "changes the shape, such as embedding and softmax, before and after the pipeline."
-            )
 
 
 def _ticks(
@@ -294,16 +275,18 @@ def _ticks(
 ) -> Ticks:
     if schedule not in ("gpipe", "circular"):
         raise PipelineError(f"schedule={schedule!r}: it is 'gpipe' or 'circular'.")
-    for name, number in (("stages", stages), ("repeats", repeats)):
-        if type(number) is not int or number < 1:
-            raise PipelineError(f"{name}={number!r}: it is a whole number, at least 1.")
+    stages, repeats = whole("stages", stages), whole("repeats", repeats)
     if schedule == "gpipe" and repeats > 1:
         raise PipelineError(
             f"repeats={repeats} is for schedule='circular'; 'gpipe' goes round once."
         )
-    (count,) = leading(microbatches, "microbatches") or (0,)
-    if not count:
-        raise PipelineError("microbatches holds none: give arrays with an entry for each.")
+    count = entries(microbatches, "microbatches")
+    for path, leaf in tree_util.tree_leaves_with_path(microbatches):
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            raise PipelineError(
+                f"microbatches{tree_util.keystr(path)} holds random keys, which are no activations "
+                "to go from stage to stage: pass them as `sides`."
+            )
     own = (("stages", stages),) + (("repeats", repeats),) * (repeats > 1)
     each = ("microbatches", count)
     wanted = {"stage_params": (params, own), "sides": (sides, (each,))}

@@ -276,6 +276,26 @@ def test_what_is_in_the_place_of_a_layer_gets_no_gradient() -> None:
     assert gspmd.stack_stages(layers(6), 3)[1] is None
 
 
+@pytest.mark.parametrize("enclosed", [False, True])
+def test_nan_in_the_place_of_a_layer_reaches_nothing(enclosed: bool) -> None:
+    """The layer that is run again, in vain, is NaN, and so is its gradient by all that it sees."""
+    w, xs = jnp.asarray([[1.0], [1.0], [0.9]]), jnp.full((2, 2, 1), 9.0)
+
+    def loss(piped: bool, w: jax.Array, xs: jax.Array, shift: jax.Array) -> jax.Array:
+        def layer(w: jax.Array, x: jax.Array, side: jax.Array) -> jax.Array:
+            return jnp.sqrt(x - w - (shift if enclosed else side))
+
+        if piped:
+            params = gspmd.stack_stages(w, 2)
+            sides = jnp.broadcast_to(shift, (2,))
+            stage = gspmd.run_layers(layer)
+            return jnp.sum(gspmd.pipeline(stage, params, xs, stages=2, sides=sides))
+        return jnp.sum(run_in_sequence(lambda w, x: layer(w, x, shift), w, xs))
+
+    grads = [jax.grad(functools.partial(loss, p), (0, 1, 2)) for p in (True, False)]
+    close(*(jax.jit(fn)(w, xs, jnp.zeros(())) for fn in grads))
+
+
 def test_layers_that_keep_something() -> None:
     """A cache of each layer, and a sum; of layers that are not there they stay as they are."""
     w, xs = layers(3), array(2, 3, 8, seed=2)
