@@ -97,7 +97,6 @@ def pipeline(
         )
     ticks = _ticks(schedule, stages, repeats, stage_params, microbatches, sides, held)
     fn, enclosed = _opened(stage_fn, ticks, stage_params, microbatches, others, held)
-    run = _stages(fn, enclosed, others, ticks, remat)
     is_first_S = jnp.arange(ticks.stages) == 0
 
     def split(tree: Any) -> Any:
@@ -105,10 +104,13 @@ def pipeline(
         spec = lambda x: P(axis, *(P.UNCONSTRAINED,) * (x.ndim - 1))  # noqa: E731
         return jax.tree.map(lambda x: annotate(x, spec(x)), tree)
 
+    def each(x: Any) -> jax.Array:
+        """A copy for each stage, so that none is sent for in the loop."""
+        return jnp.broadcast_to(x, (ticks.stages, *jnp.shape(x)))
+
     def queued(x: Any) -> jax.Array:
         """A queue for each stage, though the first one's alone will be asked."""
-        x_S = jnp.broadcast_to(x, (ticks.stages, *jnp.shape(x)))
-        more = ticks.places - ticks.microbatches
+        x_S, more = each(x), ticks.places - ticks.microbatches
         return jnp.pad(x_S, [(0, 0), (0, more)] + [(0, 0)] * (x_S.ndim - 2))
 
     def taken(queue: Any, place: Any, moved: Any) -> Any:
@@ -116,6 +118,7 @@ def pipeline(
         return split(either(is_first_S, jax.tree.map(lambda q: _at(q, place, 1), queue), moved))
 
     params, held = split(jax.tree.map(jnp.asarray, (stage_params, held)))
+    run = _stages(fn, enclosed, split(jax.tree.map(each, others)), ticks, remat)
     queue = split(jax.tree.map(queued, microbatches))
     x = taken(queue, 0, jax.tree.map(lambda q: jnp.zeros_like(q[:, 0]), queue))
 
@@ -147,7 +150,7 @@ def _stages(
         if goes_round:
             params = _entries(params, at.round, 1)
         sides, enclosed = shared
-        side = jax.vmap(functools.partial(_entry, dims=1), (None, 0))(sides, at.micro)
+        side = _entries(sides, at.micro, 1)
         copies = [jnp.broadcast_to(a, (ticks.stages, *a.shape)) for a in enclosed]
         given = guarded(at.valid, (copies, params, x, *side, *old.values()))
         y, *new = jax.vmap(fn)(*given)

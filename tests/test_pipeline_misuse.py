@@ -114,7 +114,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         r"^9 rows are not what microbatches of shape \(4, 2, 3\) were cut from: that begins with ",
     ),
     "a count that is no whole number": (
-        lambda: gspmd.to_microbatches(array(8, 2), 4.0),  # pyright: ignore[reportArgumentType]
+        lambda: gspmd.to_microbatches(array(8, 2), 4.0),
         r"^count=4.0: it is a whole number, at least 1\.$",
     ),
     "a count that is a bool": (
@@ -122,7 +122,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         r"^count=True: it is a whole number, at least 1\.$",
     ),
     "rows that are no whole number": (
-        lambda: gspmd.from_microbatches(array(4, 2, 3), 8.0),  # pyright: ignore[reportArgumentType]
+        lambda: gspmd.from_microbatches(array(4, 2, 3), 8.0),
         r"^rows=8.0: it is a whole number, at least 1\.$",
     ),
     "layers for no stage": (

@@ -121,6 +121,26 @@ def test_the_queue_is_updated_in_place() -> None:
     assert not re.search(rf"= {queue}\S* copy\(", loop)
 
 
+def test_sides_that_come_in_pieces_are_gathered_once() -> None:
+    """Their rows lie split over the stages too: not in each tick does a stage send for its own."""
+    p, m, rows, dim = 4, 8, 64, 8
+
+    def loss(w: Any, x: Any, side: Any) -> Any:
+        x, side = gspmd.to_microbatches((x, side), m)
+        made = gspmd.pipeline(lambda w, x, s: jnp.tanh(x @ w) + s, w, x, stages=p, sides=side)
+        return jnp.sum(jnp.sin(made))
+
+    args = array(p, dim, dim), array(rows, dim, seed=1), array(rows, dim, seed=2)
+    specs = P("stage"), P(("data", "stage")), P(("data", "stage"))
+    gradient = jax.grad(loss, (0, 2))
+    plan = gspmd.plan(gradient, *args, mesh="stage=4,data=2", in_specs=specs)
+    over = crossing(plan)
+    one = rows // m // 2 * dim * 4
+    assert [c for c in over if c[1] > 1] == [("collective_permute", m + p - 1, one)] * 2
+    assert [c for c in over if c[0] == "all_gather"] == [("all_gather", 1, m * one / p)] * 2
+    close(plan.simulate(*args), gradient(*args))
+
+
 def test_planning_does_not_depend_on_microbatches_and_stages() -> None:
     def ops(p: int, m: int) -> int:
         args = layers(2 * p), array(2 * m, 8)
