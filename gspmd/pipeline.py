@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from gspmd.annotate import annotate
 from gspmd.bubble import At, Step, Ticks, either, guarded, opened
-from gspmd.findings import PIPELINE
+from gspmd.ir import PIPELINE
 from gspmd.rules.pointwise import is_pointwise
 from gspmd.stages import TAKES_ITS_PLACE, PipelineError, alike, entries, leading, show_types, whole
 
@@ -67,7 +67,7 @@ def pipeline(
         `gspmd.to_microbatches`.
       stages: stages that run at once; a multiple of what `axis` has in the mesh, or as many.
       axis: the mesh axis that splits them, or a logical name for one. A rule that maps it to None
-        leaves all stages on each device.
+        leaves all stages on each device, which then does the bubble's work as well.
       schedule: "gpipe", or "circular", which goes round.
       repeats: how often a microbatch goes round, in a circular pipeline.
       remat: keep for the backward pass only what goes from stage to stage; or the policy of
@@ -78,7 +78,9 @@ def pipeline(
       cache: pytree of arrays with the leading dims of `stage_params` and one of microbatches: what
         a stage keeps of a microbatch from one call to the next, such as keys and values.
       state: pytree of arrays with the leading dims of `stage_params`: what a stage keeps from one
-        microbatch to the next, such as sums of a router's losses.
+        microbatch to the next, such as sums of a router's losses. Rows that
+        `gspmd.to_microbatches` repeats, where these do not divide the batch, count there twice
+        unless the stage leaves them out.
 
     Returns:
       A pytree like `microbatches`. With `cache` or `state`, a tuple of that and what became of
@@ -130,7 +132,8 @@ def pipeline(
         queue = jax.tree.map(lambda q, a: split(_put(q, a, step.leaves, 1)), queue, moved)
         return (taken(queue, step.enters, moved), queue, split(held)), None
 
-    (_, queue, held), _ = lax.scan(tick, (x, queue, held), ticks.steps())
+    with jax.named_scope(PIPELINE):  # by which a report knows the loop, and the one of its gradient
+        (_, queue, held), _ = lax.scan(tick, (x, queue, held), ticks.steps())
     outs = jax.tree.map(lambda q: _out(q[:, : ticks.microbatches], is_first_S, ticks), queue)
     return (outs, *held.values()) if held else outs
 

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax, tree_util
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gspmd.annotate import annotate
 from gspmd.bubble import either, guarded, opened
 from gspmd.errors import GspmdError
+from gspmd.ir import PADDING
 
 
 class PipelineError(GspmdError, ValueError):
@@ -97,9 +99,12 @@ def stack_stages(
         dealt = w.reshape(repeats, stages, depth, *w.shape[1:]).swapaxes(0, 1)
         return dealt if repeats > 1 else dealt[:, 0]
 
-    there = jnp.arange(layers + missing).reshape(repeats, stages, depth).swapaxes(0, 1) < layers
-    there = there if repeats > 1 else there[:, 0]
-    return jax.tree.map(deal, layer_params), there if missing else None
+    dealt = jax.tree.map(deal, layer_params)
+    if not missing:
+        return dealt, None
+    places = jnp.arange(layers + missing).reshape(repeats, stages, depth).swapaxes(0, 1)
+    there = checkpoint_name(places < layers, f"{PADDING} {layers} {layers + missing}")
+    return dealt, there if repeats > 1 else there[:, 0]
 
 
 def run_layers(layer_fn: Callable[..., Any], keeps: int = 0) -> Callable[..., Any]:
@@ -133,11 +138,11 @@ def run_layers(layer_fn: Callable[..., Any], keeps: int = 0) -> Callable[..., An
 
 def _dealt(params_and_mask: Any) -> tuple[Any, jax.Array | None]:
     """What `stack_stages` returns of one stage."""
-    match params_and_mask:
-        case (_, None):
-            return params_and_mask
-        case (_, jax.Array() as mask) if mask.dtype == bool and mask.ndim == 1:
-            return params_and_mask
+    if isinstance(params_and_mask, tuple) and len(params_and_mask) == 2:
+        params, mask = params_and_mask
+        is_mask = isinstance(mask, jax.Array) and mask.dtype == bool and mask.ndim == 1
+        if mask is None or is_mask:
+            return params, mask
     raise PipelineError(
         "the stages of run_layers take as stage_params what gspmd.stack_stages returns, the layers "
         f"and the mask of those that are there; a stage was given {show_types(params_and_mask)}."

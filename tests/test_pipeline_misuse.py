@@ -223,3 +223,36 @@ def test_a_bubble_that_could_be_smaller_is_a_finding(p: int, m: int, v: int, fou
     plan = gspmd.plan(fn, w, array(m, 3, 8), mesh={"stage": p})
     assert [finding.code for finding in plan.findings] == ["pipeline-bubble"] * bool(found)
     assert all(found in finding.message for finding in plan.findings)
+
+
+@pytest.mark.parametrize(("stages", "places"), [(2, 4), (6, 8), (8, 8)])
+def test_stages_that_do_not_go_into_the_axis_are_a_finding(stages: int, places: int) -> None:
+    w, x = array(stages, 8, 8), array(8, 3, 8)
+    plan = gspmd.plan(lambda w, x: piped(w, x, stages=stages), w, x, mesh="stage=4")
+    if stages == places:
+        assert not plan.findings
+        return
+    (finding,) = plan.findings
+    assert finding.code == "pipeline-padding"
+    assert f"has {stages} stages, which do not go into the 4 devices along" in finding.message
+    assert f": {places - stages} of {places} places stay empty, and" in finding.message
+    assert finding.bytes == sum(c.wire_bytes * c.trips for c in plan.collectives) > 0
+
+
+@pytest.mark.parametrize(("count", "share"), [(3, 25), (4, 0), (5, 17)])
+def test_layers_that_are_not_there_are_a_finding(count: int, share: int) -> None:
+    fn = lambda w, x: piped(  # noqa: E731
+        gspmd.stack_stages(w, 2), x, gspmd.run_layers(lambda w, x: jnp.tanh(x @ w))
+    )
+    plan = gspmd.plan(fn, array(count, 8, 8), array(4, 3, 8), mesh="stage=2")
+    assert [finding.code for finding in plan.findings] == ["pipeline-padding"] * bool(share)
+    for finding in plan.findings:
+        assert f"the {count} layers dealt out at " in finding.message
+        assert f"and {share} % of what these compute is dropped" in finding.message
+
+
+def test_a_bubble_that_no_axis_splits_says_so() -> None:
+    w, x = array(4, 8, 8), array(2, 3, 8)
+    fn = lambda w, x: piped(w, x, stages=4)  # noqa: E731
+    (finding,) = gspmd.plan(fn, w, x, mesh="data=2", rules={"stage": None}).findings
+    assert "60 % is bubble; no axis splits the stages, so each device works in" in finding.message
