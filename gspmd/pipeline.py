@@ -174,14 +174,16 @@ def _stages(
     return stages
 
 
-def _is_dear(primitive: Any, *_: Any, **__: Any) -> bool:
+def _is_dear(primitive: Any, *ins: Any, **_: Any) -> bool:
     """Whether to keep what a primitive makes for the backward pass, rather than make it again.
 
     What is kept is kept for each tick. What a tick picks of the weights, or makes masks of, would
     take more memory than the activations; and what takes one operation an entry is made sooner than
-    it is written and read.
+    it is written and read. Complex numbers no policy of JAX may keep.
     """
-    return primitive.name not in MOVES and not is_pointwise(primitive.name)
+    is_complex = any(jnp.issubdtype(getattr(x, "dtype", bool), jnp.complexfloating) for x in ins)
+    cheap = primitive.name in MOVES or is_pointwise(primitive.name)
+    return not (cheap or is_complex or primitive.name in ("fft", "eig"))
 
 
 _at = functools.partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)

@@ -232,6 +232,25 @@ def test_nan_in_the_bubble_reaches_nothing(repeats: int, remat: bool) -> None:
     close(found, with_gradient(functools.partial(run, False), args))
 
 
+@pytest.mark.parametrize(
+    ("stage", "turn"),
+    [
+        (lambda w, x: jnp.sin(x @ w), 1 + 0.5j),
+        (lambda w, x: jnp.fft.irfft(jnp.fft.rfft(x @ w) * x.sum()), 1),
+    ],
+)
+def test_complex_numbers_have_a_gradient(stage: Callable[..., Any], turn: complex) -> None:
+    """In what goes from stage to stage, and within a stage, which JAX keeps by no policy."""
+    w, xs = turn * array(2, 4, 4), turn * array(3, 2, 4, seed=1)
+    piped = lambda w, xs: gspmd.pipeline(stage, w, xs, stages=2)  # noqa: E731
+    plain = lambda w, xs: sequence(stage, w, xs, None, None, None, 1)  # noqa: E731
+    grads = [
+        jax.jit(jax.grad(lambda w, xs, fn=fn: jnp.sum(jnp.abs(fn(w, xs))), (0, 1)))
+        for fn in (piped, plain)
+    ]
+    close(*(grad(w, xs) for grad in grads))
+
+
 def test_it_is_differentiated_twice_and_mapped() -> None:
     w, xs = array(2, 3, 3), array(3, 2, 3, seed=1)
     stage = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
