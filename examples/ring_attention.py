@@ -14,7 +14,8 @@ from gspmd import P
 def scores(q, k, s, t, length, causal):
     """The scores of queries at `s` and keys at `t`, of which each row has `length`."""
     visible = (t < length[:, None, None, None]) & ((t <= s[:, None]) | (not causal))
-    return jnp.where(visible, jnp.einsum("bsnd,btnd->bnst", q, k) / q.shape[-1] ** 0.5, -1e30)
+    score = jnp.einsum("bsnd,btnd->bnst", q, k) / q.shape[-1] ** 0.5
+    return jnp.where(visible, score, jnp.finfo(q.dtype).min)
 
 
 def attention(q, k, v, length, causal=True):
@@ -23,15 +24,18 @@ def attention(q, k, v, length, causal=True):
 
 
 def ring_attention(q, k, v, length, causal=True):
-    """The same. The tokens need not come out even: what pads them is further on than `length`."""
-    tokens, n = q.shape[1], jax.sharding.get_abstract_mesh().shape["seq"]
+    """The same. The tokens need not come out even: what pads them has no weight."""
+    tokens, axes = q.shape[1], jax.sharding.get_abstract_mesh().shape
+    if "seq" not in axes:
+        return attention(q, k, v, length, causal)
+    n = axes["seq"]
     q, k, v = (jnp.pad(x, ((0, 0), (0, -tokens % n), (0, 0), (0, 0))) for x in (q, k, v))
-    spec, fn = P(None, "seq"), functools.partial(one_device, causal)
+    spec, fn = P(None, "seq"), functools.partial(one_device, causal, tokens)
     by_hand = jax.shard_map(fn, in_specs=(*[spec] * 3, P()), out_specs=spec, axis_names={"seq"})
-    return by_hand(q, k, v, jnp.minimum(length, tokens))[:, :tokens]
+    return by_hand(q, k, v, length)[:, :tokens]
 
 
-def one_device(causal, q, k, v, length):
+def one_device(causal, tokens, q, k, v, length):
     n, me, block = lax.axis_size("seq"), lax.axis_index("seq"), jnp.arange(q.shape[1])
     q = gspmd.annotate(q, P(None, None, "heads", None))
 
@@ -40,7 +44,7 @@ def one_device(causal, q, k, v, length):
         """The largest score, and the sums of weights and values, of the block from `i` back."""
         s, t = (at * len(block) + block for at in (me, (me - i) % n))
         score = scores(q, k, s, t, length, causal)
-        weight = jnp.exp(score - jnp.max(score, axis=-1, keepdims=True))
+        weight = jnp.exp(score - jnp.max(score, axis=-1, keepdims=True)) * (t < tokens)
         return jnp.max(score, axis=-1), weight.sum(-1), jnp.einsum("bnst,btnd->bnsd", weight, v)
 
     def turn(carry, i):

@@ -18,7 +18,7 @@ import jaxlib.version
 from jax._src.core import trace_state_clean
 from jax.core import Tracer
 
-from gspmd.ir import Source
+from gspmd.ir import PIPELINE, Source
 
 # Frames of these distributions are never "the user's line".
 LIBRARIES = frozenset({"jax", "jaxlib", "flax", "optax", "numpy", "chex", "einops", "orbax"})
@@ -49,7 +49,7 @@ class Sources:
     def __init__(self) -> None:
         self._cwd = os.getcwd() + os.sep
         self._is_user: dict[str, bool] = {}
-        self._sources: dict[tuple[CodeType, int, str], Source] = {}
+        self._sources: dict[tuple[CodeType, int, str, str], Source] = {}
 
     def of(self, eqn: Any, outer: Source | None = None) -> Source | None:
         """The innermost user frame of `eqn`, in the phase that its name stack tells.
@@ -57,24 +57,29 @@ class Sources:
         The equations of an inner jaxpr do not repeat what surrounds it: `outer` is the source of
         the op that holds it, which also stands in where all frames are a library's.
         """
-        phase = phase_of(eqn, "forward" if outer is None else outer.phase)
+        stack = str(eqn.source_info.name_stack)
+        phase = _phase_of(stack, "forward" if outer is None else outer.phase)
+        scope = PIPELINE if PIPELINE in stack else ""
         traceback = eqn.source_info.traceback
         if traceback is None:
             return outer
         codes, offsets = traceback.raw_frames()
         for i, code in enumerate(codes):
             if self._user(code.co_filename):
-                return self._source(traceback, code, offsets[i], phase)
-        if outer is None:
-            return None if phase == "forward" else Source("", 0, phase=phase)
-        return dataclasses.replace(outer, phase=phase)
+                return self._source(traceback, code, offsets[i], phase, scope)
+        if outer is not None:
+            return dataclasses.replace(outer, phase=phase, scope=scope)
+        known = phase != "forward" or scope
+        return Source("", 0, phase=phase, scope=scope) if known else None
 
-    def _source(self, traceback: Any, code: CodeType, offset: int, phase: str) -> Source:
-        key = (code, offset, phase)
+    def _source(
+        self, traceback: Any, code: CodeType, offset: int, phase: str, scope: str
+    ) -> Source:
+        key = (code, offset, phase, scope)
         if key not in self._sources:
             line = type(traceback).code_addr2location(code, offset)[0]
             file, name = self.relative(code.co_filename), _plain(code.co_qualname)
-            self._sources[key] = Source(file, line, name, phase)
+            self._sources[key] = Source(file, line, name, phase, scope)
         return self._sources[key]
 
     def of_traceback(self, traceback: TracebackType | None) -> Source | None:
@@ -126,9 +131,8 @@ def is_user_file(file: str) -> bool:
     return not file.startswith(_STDLIB)
 
 
-def phase_of(eqn: Any, outer: str) -> str:
+def _phase_of(stack: str, outer: str) -> str:
     """The phase, forward, backward or rematerialized, by the marks that grad and remat leave."""
-    stack = str(eqn.source_info.name_stack)
     if not stack:
         return outer
     if "rematted_computation" in stack:

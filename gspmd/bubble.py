@@ -5,11 +5,16 @@ computes like all others, on whatever there is.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import tree_util
+from jax.core import eval_jaxpr
+
+from gspmd._compat import is_tracer
 
 
 class At(NamedTuple):
@@ -71,7 +76,7 @@ class Ticks:
 
 
 def guarded(valid_S: jax.Array, tree: Any) -> Any:
-    """`tree`, whose arrays have a leading dim of stages; where it is not valid, without gradient.
+    """`tree`, whose arrays have the dims of `valid_S` in front; where not valid, without gradient.
 
     Zeros for gradients would not do: what a stage does in the bubble may be NaN, and 0 * NaN is.
     """
@@ -90,10 +95,30 @@ def _(primals: Any, tangents: Any) -> Any:
     return x, either(valid_S, tangent, jnp.zeros_like(tangent))
 
 
+def opened(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[jax.Array], Any]:
+    """`fn` as one of the arrays that it encloses and of its arguments, these, and what it returns.
+
+    They are those that may have a gradient, to which what is not valid adds nothing; of what it
+    returns for such arguments there are the types.
+    """
+    afresh = lambda *args: fn(*args)  # noqa: E731 - JAX remembers a function's jaxpr
+    jaxpr, made = jax.make_jaxpr(afresh, return_shape=True)(*args)
+    tree = tree_util.tree_structure(made)
+    smooth = [is_tracer(x) and jnp.issubdtype(x.dtype, jnp.inexact) for x in jaxpr.consts]
+
+    def call(enclosed: list[jax.Array], *args: Any) -> Any:
+        left = iter(enclosed)
+        consts = [next(left) if s else x for s, x in zip(smooth, jaxpr.consts, strict=True)]
+        leaves = tree_util.tree_leaves(args)
+        return tree_util.tree_unflatten(tree, eval_jaxpr(jaxpr.jaxpr, consts, *leaves))
+
+    return call, [x for s, x in zip(smooth, jaxpr.consts, strict=True) if s], made
+
+
 def either(valid_S: jax.Array, tree: Any, other: Any) -> Any:
     """Of each stage `tree` where it is valid, else the `other`."""
 
     def choose(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.where(valid_S.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
+        return jnp.where(jnp.expand_dims(valid_S, tuple(range(jnp.ndim(valid_S), x.ndim))), x, y)
 
     return jax.tree.map(choose, tree, other)

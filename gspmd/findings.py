@@ -5,10 +5,11 @@ import math
 from collections.abc import Collection, Sequence
 
 from gspmd.choose import Choice
-from gspmd.ir import COLLECTIVES, Op, Program, Source
+from gspmd.collectives import axes_of, sent_by
+from gspmd.ir import COLLECTIVES, PADDING, PIPELINE, Op, Program, Source
 from gspmd.reshard import reshard_cost
 from gspmd.rules.factor import RULES, FactorRule
-from gspmd.sharding import Mesh, Sharding, itemsize, show_axes
+from gspmd.sharding import Axes, Mesh, Sharding, itemsize, root_axis, show_axes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -136,19 +137,19 @@ def unchecked(program: Program) -> tuple[Finding, ...]:
     return tuple(found.values())
 
 
-PIPELINE = "gspmd.pipeline"
-"""What begins the name that `gspmd.pipeline` gives its results; then come its numbers."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pipeline:
-    """A pipeline of a program: each stage works in `busy` of its loop's `ticks`."""
+    """A pipeline of a program: each stage works in `busy` of its loop's `ticks`.
+
+    `axes` are those of the user's mesh that split the stages.
+    """
 
     stages: int
     microbatches: int
     ticks: int
     busy: int
     source: Source | None
+    axes: Axes = ()
 
     @property
     def bubble(self) -> float:
@@ -160,31 +161,91 @@ class Pipeline:
         return (
             op.name == "scan"
             and op.params["length"] == self.ticks
+            and op.source is not None
+            and op.source.scope == PIPELINE
             and str(op.source) == str(self.source)
         )
 
 
 def pipelines(program: Program) -> tuple[Pipeline, ...]:
-    """The pipelines of a program, each once."""
-    found: dict[tuple[str, str], Pipeline] = {}
+    """The pipelines of a global program, each once."""
+    found: list[Pipeline] = []
+    for source, (stages, micro, ticks, busy) in _named(program, PIPELINE):
+        pipeline = Pipeline(stages, micro, ticks, busy, source)
+        found.append(dataclasses.replace(pipeline, axes=_stage_axes(program, pipeline)))
+    return tuple(found)
+
+
+def _named(program: Program, prefix: str) -> list[tuple[Source | None, tuple[int, ...]]]:
+    """The numbers in the names that begin with `prefix`, and where these are, each once."""
+    found: dict[tuple[str, str], tuple[Source | None, tuple[int, ...]]] = {}
     for op, _ in program.walk():
         name = str(op.params.get("name", "")) if op.name == "name" else ""
-        if name.startswith(PIPELINE):
-            stages, micro, ticks, busy = map(int, name.removeprefix(PIPELINE).split())
-            found[name, str(op.source)] = Pipeline(stages, micro, ticks, busy, op.source)
-    return tuple(found.values())
+        if name.startswith(prefix):
+            numbers = tuple(map(int, name.removeprefix(prefix).split()))
+            found[name, str(op.source)] = op.source, numbers
+    return list(found.values())
 
 
-def short_pipelines(program: Program) -> tuple[Finding, ...]:
-    """A finding for each pipeline that has fewer microbatches than stages."""
-    return tuple(
-        Finding(
-            "pipeline-bubble",
-            f"the pipeline at {p.source} has {p.microbatches} microbatches for {p.stages} stages: "
-            f"each stage works in {p.busy} of {p.ticks} ticks, and {100 * p.bubble:.0f} % is "
-            "bubble; cut the batch into more",
-            p.source,
+def _stage_axes(program: Program, pipeline: Pipeline) -> Axes:
+    """The axes of the constraint on what a tick hands to the next: its first carry."""
+    for loop, _ in program.walk():
+        if pipeline.runs(loop):
+            (body,) = loop.bodies
+            for op in body.ops:
+                if op.name == "constraint" and body.outs[0] in op.outs:
+                    return op.params["dims"][0] or ()
+    return ()
+
+
+def about_pipelines(
+    model: Program, mesh: Mesh, program: Program, refined: Mesh
+) -> tuple[Finding, ...]:
+    """A finding for each pipeline of few microbatches, and for stages and layers left over.
+
+    `model` is the global program and `mesh` the user's; `program`, on `refined`, is the local one.
+    """
+    found: list[Finding] = []
+    for p in pipelines(model):
+        parts = mesh.size(p.axes)
+        if p.microbatches < p.stages:
+            alone = "" if p.axes else "; no axis splits the stages, so each device works in all"
+            found.append(
+                Finding(
+                    "pipeline-bubble",
+                    f"the pipeline at {p.source} has {p.microbatches} microbatches for {p.stages} "
+                    f"stages: each stage works in {p.busy} of {p.ticks} ticks, and "
+                    f"{100 * p.bubble:.0f} % is bubble{alone}; cut the batch into more",
+                    p.source,
+                )
+            )
+        if idle := -p.stages % parts:
+            sent = sum(
+                sent_by(op, refined) * abs(trips)
+                for op, trips in program.walk()
+                if op.name in COLLECTIVES
+                and str(op.source) == str(p.source)
+                and not set(p.axes).isdisjoint(map(root_axis, axes_of(op)))
+            )
+            found.append(
+                Finding(
+                    "pipeline-padding",
+                    f"the pipeline at {p.source} has {p.stages} stages, which do not go into the "
+                    f"{parts} devices along {show_axes(p.axes)}: {idle} of {p.stages + idle} "
+                    f"places stay empty, and {sent:,.0f} bytes per device cross them; make stages "
+                    f"a multiple of {parts}, or give the pipeline an axis of its stages",
+                    p.source,
+                    sent,
+                )
+            )
+    for source, (layers, places) in _named(model, PADDING):
+        found.append(
+            Finding(
+                "pipeline-padding",
+                f"the {layers} layers dealt out at {source} do not go into the stages: they have "
+                f"room for {places}, and {100 * (1 - layers / places):.0f} % of what these compute "
+                "is dropped",
+                source,
+            )
         )
-        for p in pipelines(program)
-        if p.microbatches < p.stages
-    )
+    return tuple(found)

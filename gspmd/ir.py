@@ -17,6 +17,10 @@ from gspmd.sharding import Mesh, Sharding, itemsize, show_type
 COLLECTIVES = (
     "all_gather", "all_reduce", "reduce_scatter", "all_to_all", "collective_permute",
 )  # fmt: skip
+PIPELINE = "gspmd.pipeline"
+"""The scope of a pipeline's loop; what begins the name of its results, before its numbers."""
+PADDING = "gspmd.stack_stages"
+"""What begins the name of a mask of layers, before the number of these, and of their places."""
 NO_PARAMS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -31,6 +35,7 @@ class Source:
     line: int
     function: str = ""
     phase: str = "forward"  # or "backward", "rematerialized"
+    scope: str = ""  # PIPELINE: of a pipeline's own loop
 
     def __bool__(self) -> bool:
         return bool(self.file)

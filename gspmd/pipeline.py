@@ -19,15 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax, tree_util
 from jax.ad_checkpoint import checkpoint_name
-from jax.core import eval_jaxpr
 from jax.sharding import PartitionSpec as P
 
-from gspmd._compat import is_tracer
 from gspmd.annotate import annotate
-from gspmd.bubble import At, Step, Ticks, either, guarded
-from gspmd.findings import PIPELINE
+from gspmd.bubble import At, Step, Ticks, either, guarded, opened
+from gspmd.ir import PIPELINE
 from gspmd.rules.pointwise import is_pointwise
-from gspmd.stages import PipelineError, leading
+from gspmd.stages import TAKES_ITS_PLACE, PipelineError, alike, entries, leading, show_types, whole
 
 Schedule = Literal["gpipe", "circular"]
 Policy = Callable[..., Any]
@@ -69,7 +67,7 @@ def pipeline(
         `gspmd.to_microbatches`.
       stages: stages that run at once; a multiple of what `axis` has in the mesh, or as many.
       axis: the mesh axis that splits them, or a logical name for one. A rule that maps it to None
-        leaves all stages on each device.
+        leaves all stages on each device, which then does the bubble's work as well.
       schedule: "gpipe", or "circular", which goes round.
       repeats: how often a microbatch goes round, in a circular pipeline.
       remat: keep for the backward pass only what goes from stage to stage; or the policy of
@@ -80,7 +78,9 @@ def pipeline(
       cache: pytree of arrays with the leading dims of `stage_params` and one of microbatches: what
         a stage keeps of a microbatch from one call to the next, such as keys and values.
       state: pytree of arrays with the leading dims of `stage_params`: what a stage keeps from one
-        microbatch to the next, such as sums of a router's losses.
+        microbatch to the next, such as sums of a router's losses. Rows that
+        `gspmd.to_microbatches` repeats, where these do not divide the batch, count there twice
+        unless the stage leaves them out.
 
     Returns:
       A pytree like `microbatches`. With `cache` or `state`, a tuple of that and what became of
@@ -92,20 +92,27 @@ def pipeline(
     """
     held = {name: tree for name, tree in (("cache", cache), ("state", state)) if tree is not None}
     others = () if sides is None else (sides,)
+    if not (isinstance(remat, bool) or callable(remat)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PipelineError(
+            f"remat={remat!r}: it is True, False, or a policy, such as "
+            "jax.checkpoint_policies.dots_saveable."
+        )
     ticks = _ticks(schedule, stages, repeats, stage_params, microbatches, sides, held)
     fn, enclosed = _opened(stage_fn, ticks, stage_params, microbatches, others, held)
-    run = _stages(fn, enclosed, others, ticks, remat)
-    is_first_S = jnp.arange(stages) == 0
+    is_first_S = jnp.arange(ticks.stages) == 0
 
     def split(tree: Any) -> Any:
         """`tree`, its leading dims split over the axis, and all others as others say."""
         spec = lambda x: P(axis, *(P.UNCONSTRAINED,) * (x.ndim - 1))  # noqa: E731
         return jax.tree.map(lambda x: annotate(x, spec(x)), tree)
 
+    def each(x: Any) -> jax.Array:
+        """A copy for each stage, so that none is sent for in the loop."""
+        return jnp.broadcast_to(x, (ticks.stages, *jnp.shape(x)))
+
     def queued(x: Any) -> jax.Array:
         """A queue for each stage, though the first one's alone will be asked."""
-        x_S = jnp.broadcast_to(x, (stages, *jnp.shape(x)))
-        more = ticks.places - ticks.microbatches
+        x_S, more = each(x), ticks.places - ticks.microbatches
         return jnp.pad(x_S, [(0, 0), (0, more)] + [(0, 0)] * (x_S.ndim - 2))
 
     def taken(queue: Any, place: Any, moved: Any) -> Any:
@@ -113,6 +120,7 @@ def pipeline(
         return split(either(is_first_S, jax.tree.map(lambda q: _at(q, place, 1), queue), moved))
 
     params, held = split(jax.tree.map(jnp.asarray, (stage_params, held)))
+    run = _stages(fn, enclosed, split(jax.tree.map(each, others)), ticks, remat)
     queue = split(jax.tree.map(queued, microbatches))
     x = taken(queue, 0, jax.tree.map(lambda q: jnp.zeros_like(q[:, 0]), queue))
 
@@ -124,7 +132,8 @@ def pipeline(
         queue = jax.tree.map(lambda q, a: split(_put(q, a, step.leaves, 1)), queue, moved)
         return (taken(queue, step.enters, moved), queue, split(held)), None
 
-    (_, queue, held), _ = lax.scan(tick, (x, queue, held), ticks.steps())
+    with jax.named_scope(PIPELINE):  # by which a report knows the loop, and the one of its gradient
+        (_, queue, held), _ = lax.scan(tick, (x, queue, held), ticks.steps())
     outs = jax.tree.map(lambda q: _out(q[:, : ticks.microbatches], is_first_S, ticks), queue)
     return (outs, *held.values()) if held else outs
 
@@ -144,7 +153,7 @@ def _stages(
         if goes_round:
             params = _entries(params, at.round, 1)
         sides, enclosed = shared
-        side = jax.vmap(functools.partial(_entry, dims=1), (None, 0))(sides, at.micro)
+        side = _entries(sides, at.micro, 1)
         copies = [jnp.broadcast_to(a, (ticks.stages, *a.shape)) for a in enclosed]
         given = guarded(at.valid, (copies, params, x, *side, *old.values()))
         y, *new = jax.vmap(fn)(*given)
@@ -165,14 +174,16 @@ def _stages(
     return stages
 
 
-def _is_dear(primitive: Any, *_: Any, **__: Any) -> bool:
+def _is_dear(primitive: Any, *ins: Any, **_: Any) -> bool:
     """Whether to keep what a primitive makes for the backward pass, rather than make it again.
 
     What is kept is kept for each tick. What a tick picks of the weights, or makes masks of, would
     take more memory than the activations; and what takes one operation an entry is made sooner than
-    it is written and read.
+    it is written and read. Complex numbers no policy of JAX may keep.
     """
-    return primitive.name not in MOVES and not is_pointwise(primitive.name)
+    is_complex = any(jnp.issubdtype(getattr(x, "dtype", bool), jnp.complexfloating) for x in ins)
+    cheap = primitive.name in MOVES or is_pointwise(primitive.name)
+    return not (cheap or is_complex or primitive.name in ("fft", "eig"))
 
 
 _at = functools.partial(lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
@@ -237,50 +248,28 @@ def _opened(
     one, side = _first(x, 1), _first(sides, 1)
     kept = {name: _first(tree, dims[name]) for name, tree in held.items()}
     args = (_first(params, own), one, *side, *kept.values())
-    afresh = lambda *args: stage_fn(*args)  # noqa: E731 - JAX remembers a function's jaxpr
-    jaxpr, made = jax.make_jaxpr(afresh, return_shape=True)(*args)
+    call, enclosed, made = opened(stage_fn, *args)
     if held and not (isinstance(made, tuple) and len(made) == 1 + len(held)):
         raise PipelineError(
             f"stage_fn must return ({', '.join(['y', *held])}), since the pipeline has a "
             f"{' and a '.join(held)}."
         )
     y, *new = made if held else (made,)
-    _alike("its input", one, y)
+    why = "every stage's output is another's input"
+    around = (
+        "Put what changes the shape, such as embedding and softmax, before and after the pipeline; "
+        f"the stage was given {show_types(args[0])}, repeats={ticks.repeats}"
+    )
+    alike("stage_fn", "its input", one, y, why, around)
     for name, after in zip(kept, new, strict=True):
-        _alike(f"the {name}", kept[name], after)
-    tree = tree_util.tree_structure(made)
-
-    smooth = [is_tracer(x) and jnp.issubdtype(x.dtype, jnp.inexact) for x in jaxpr.consts]
-
-    def fn(enclosed: list[jax.Array], *args: Any) -> tuple[Any, ...]:
-        left = iter(enclosed)
-        consts = [next(left) if s else x for s, x in zip(smooth, jaxpr.consts, strict=True)]
-        leaves = tree_util.tree_leaves(args)
-        made = tree_util.tree_unflatten(tree, eval_jaxpr(jaxpr.jaxpr, consts, *leaves))
-        return made if held else (made,)
-
-    return fn, [x for s, x in zip(smooth, jaxpr.consts, strict=True) if s]
+        alike("stage_fn", f"the {name}", kept[name], after, TAKES_ITS_PLACE)
+    fn = call if held else lambda *given: (call(*given),)
+    return fn, enclosed
 
 
 def _first(tree: Any, dims: int) -> Any:
     """The first entry of arrays along their leading dims, of which nothing but the type counts."""
     return jax.tree.map(lambda x: jnp.asarray(x)[(0,) * dims], tree)
-
-
-def _alike(what: str, given: Any, made: Any) -> None:
-    if tree_util.tree_structure(given) != tree_util.tree_structure(made):
-        raise PipelineError(
-            f"stage_fn returns {tree_util.tree_structure(made)} for {what} of structure "
-            f"{tree_util.tree_structure(given)}; every stage's output is another's input."
-        )
-    pairs = zip(tree_util.tree_leaves(given), tree_util.tree_leaves(made), strict=True)
-    for a, b in pairs:
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            raise PipelineError(
-                f"stage_fn returns {b.dtype}{list(b.shape)} for {what} of "
-                f"{a.dtype}{list(a.shape)}; every stage's output is another's input. Put what "
-                "changes the shape, such as embedding and softmax, before and after the pipeline."
-            )
 
 
 def _ticks(
@@ -294,16 +283,18 @@ def _ticks(
 ) -> Ticks:
     if schedule not in ("gpipe", "circular"):
         raise PipelineError(f"schedule={schedule!r}: it is 'gpipe' or 'circular'.")
-    for name, number in (("stages", stages), ("repeats", repeats)):
-        if type(number) is not int or number < 1:
-            raise PipelineError(f"{name}={number!r}: it is a whole number, at least 1.")
+    stages, repeats = whole("stages", stages), whole("repeats", repeats)
     if schedule == "gpipe" and repeats > 1:
         raise PipelineError(
             f"repeats={repeats} is for schedule='circular'; 'gpipe' goes round once."
         )
-    (count,) = leading(microbatches, "microbatches") or (0,)
-    if not count:
-        raise PipelineError("microbatches holds none: give arrays with an entry for each.")
+    count = entries(microbatches, "microbatches")
+    for path, leaf in tree_util.tree_leaves_with_path(microbatches):
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            raise PipelineError(
+                f"microbatches{tree_util.keystr(path)} holds random keys, which are no activations "
+                "to go from stage to stage: pass them as `sides`."
+            )
     own = (("stages", stages),) + (("repeats", repeats),) * (repeats > 1)
     each = ("microbatches", count)
     wanted = {"stage_params": (params, own), "sides": (sides, (each,))}

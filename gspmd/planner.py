@@ -9,7 +9,7 @@ from jax import tree_util
 
 from gspmd.arguments import function_name, positions
 from gspmd.errors import SpecError
-from gspmd.findings import short_pipelines, unbounded, unchecked
+from gspmd.findings import about_pipelines, unbounded, unchecked
 from gspmd.ir import Op, Program, Value, next_id, verify
 from gspmd.optimize import optimize, passes
 from gspmd.optimize.drop_unused import drop_unused
@@ -101,7 +101,8 @@ def plan(
     program = optimize(verify(parted.program, refined), refined, passes(options, target))
     clock.lap("optimize")
     static = positions(static_argnums, len(args), "static_argnums", fn)
-    findings = on_trust + short_pipelines(model) + parted.findings + unbounded(program)
+    piped = about_pipelines(model, logical, program, refined)
+    findings = on_trust + piped + parted.findings + unbounded(program)
     return Plan(
         program=program,
         model=model,

@@ -9,7 +9,7 @@ from jax import lax
 from gspmd.errors import TraceError
 from gspmd.ir import Source
 from gspmd.rules.manual import axis_index, from_source
-from gspmd.sharding import Axes, Mesh
+from gspmd.sharding import Axes, Mesh, show_axes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,6 +101,7 @@ def spell(eqn: Any, mesh: Mesh, source: Source | None) -> tuple[Spelled, ...]:
         raise TraceError(f"{name}{where} is over {axes}, and an axis is named by a string.")
     if name == "ppermute":  # it numbers the devices in the order of the mesh, whatever is written
         axes = tuple(axis for axis in mesh.names if axis in axes)
+        _check_pairs(params["perm"], axes, mesh.size(axes), where)
     return _SPELLINGS[name](axes, params) if axes else ()
 
 
@@ -124,6 +125,21 @@ def _all_to_all(axes: Axes, params: Mapping[str, Any]) -> tuple[Spelled, ...]:
     # Whether tiled or not: what lax.all_to_all stacks, it reshapes before and after.
     split, concat = params["split_axis"], params["concat_axis"]
     return (Spelled("all_to_all", {"axes": axes, "split_dim": split, "concat_dim": concat}),)
+
+
+def _check_pairs(pairs: Sequence[tuple[int, int]], axes: Axes, size: int, where: str) -> None:
+    """Nothing, if each device of `size` sends at most once, and receives at most once."""
+    for side, what in enumerate(("source", "destination")):
+        seen: set[int] = set()
+        for pair in pairs:
+            if pair[side] in seen or not 0 <= pair[side] < size:
+                problem = "there twice" if pair[side] in seen else "no device there"
+                raise TraceError(
+                    f"ppermute{where}: of the pair {tuple(map(int, pair))} the {what} {pair[side]} "
+                    f"is {problem}, over {show_axes(axes)} of {size} devices; name each of 0 to "
+                    f"{size - 1} at most once as a {what}."
+                )
+            seen.add(pair[side])
 
 
 def _permute(axes: Axes, params: Mapping[str, Any]) -> tuple[Spelled, ...]:

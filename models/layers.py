@@ -219,12 +219,18 @@ def _piped(
 ) -> Done:
     """What the layers leave, dealt out to the stages of a pipeline.
 
-    Tokens are routed together within a microbatch, and the routers' loss is the mean over these;
-    what is drawn differs from what is without a pipeline.
+    Tokens are routed together within a microbatch, and the routers' loss is the mean over the rows
+    of these; what is drawn differs from what is without a pipeline.
     """
     rows, count = x_BSM.shape[0], jax.tree.leaves(layers)[0].shape[0]
     sparse, own = isinstance(layers, Pair), (sizes.stages,) + (sizes.repeats,) * (sizes.repeats > 1)
     micro = sizes.microbatches or next(n for n in range(4 * sizes.stages, 0, -1) if rows % n == 0)
+
+    def real(i: jax.Array) -> jax.Array | None:
+        """The tokens of microbatch i that are not there once more, see `to_microbatches`."""
+        row_B = jnp.arange(-(-rows // micro)) * micro + i
+        there_BS = jnp.broadcast_to(row_B[:, None] < rows, (row_B.size, x_BSM.shape[1]))
+        return there_BS if rows % micro else None
 
     def layer(turn: Any, x_BSM: jax.Array, side: Any, *total: jax.Array) -> Any:
         (layer, index), (memory_BTM, i) = turn, side
@@ -233,7 +239,7 @@ def _piped(
             layer_key = jax.random.fold_in(jax.random.fold_in(key, index), i)
         # Its name is for the backward pass, which has what goes into each layer, and no more.
         x_BSM = checkpoint_name(x_BSM, "layer")
-        done = layer(x_BSM, scene._replace(memory_BTM=memory_BTM), layer_key)
+        done = layer(x_BSM, scene._replace(memory_BTM=memory_BTM, real_BS=real(i)), layer_key)
         return (done.x_BSM, total[0] + done.loss) if sparse else done.x_BSM
 
     memory_BTM = scene.memory_BTM
@@ -250,5 +256,6 @@ def _piped(
         sides=(memory, jnp.arange(micro)),
         state=jnp.zeros((*own, depth)) if sparse else None,
     )
-    y, loss = (made[0], jnp.sum(made[1]) / micro) if sparse else (made, None)
+    # A microbatch's loss is a mean over its rows, to which those that are no tokens add nothing.
+    y, loss = (made[0], jnp.sum(made[1]) * -(-rows // micro) / rows) if sparse else (made, None)
     return Done(stages.from_microbatches(y, rows), loss, None)

@@ -232,6 +232,25 @@ def test_nan_in_the_bubble_reaches_nothing(repeats: int, remat: bool) -> None:
     close(found, with_gradient(functools.partial(run, False), args))
 
 
+@pytest.mark.parametrize(
+    ("stage", "turn"),
+    [
+        (lambda w, x: jnp.sin(x @ w), 1 + 0.5j),
+        (lambda w, x: jnp.fft.irfft(jnp.fft.rfft(x @ w) * x.sum()), 1),
+    ],
+)
+def test_complex_numbers_have_a_gradient(stage: Callable[..., Any], turn: complex) -> None:
+    """In what goes from stage to stage, and within a stage, which JAX keeps by no policy."""
+    w, xs = turn * array(2, 4, 4), turn * array(3, 2, 4, seed=1)
+    piped = lambda w, xs: gspmd.pipeline(stage, w, xs, stages=2)  # noqa: E731
+    plain = lambda w, xs: sequence(stage, w, xs, None, None, None, 1)  # noqa: E731
+    grads = [
+        jax.jit(jax.grad(lambda w, xs, fn=fn: jnp.sum(jnp.abs(fn(w, xs))), (0, 1)))
+        for fn in (piped, plain)
+    ]
+    close(*(grad(w, xs) for grad in grads))
+
+
 def test_it_is_differentiated_twice_and_mapped() -> None:
     w, xs = array(2, 3, 3), array(3, 2, 3, seed=1)
     stage = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
@@ -274,6 +293,26 @@ def test_what_is_in_the_place_of_a_layer_gets_no_gradient() -> None:
         assert np.all(np.any(gradient[0], axis=(1, 2))), name
         assert np.all(np.isfinite(gradient)), name
     assert gspmd.stack_stages(layers(6), 3)[1] is None
+
+
+@pytest.mark.parametrize("enclosed", [False, True])
+def test_nan_in_the_place_of_a_layer_reaches_nothing(enclosed: bool) -> None:
+    """The layer that is run again, in vain, is NaN, and so is its gradient by all that it sees."""
+    w, xs = jnp.asarray([[1.0], [1.0], [0.9]]), jnp.full((2, 2, 1), 9.0)
+
+    def loss(piped: bool, w: jax.Array, xs: jax.Array, shift: jax.Array) -> jax.Array:
+        def layer(w: jax.Array, x: jax.Array, side: jax.Array) -> jax.Array:
+            return jnp.sqrt(x - w - (shift if enclosed else side))
+
+        if piped:
+            params = gspmd.stack_stages(w, 2)
+            sides = jnp.broadcast_to(shift, (2,))
+            stage = gspmd.run_layers(layer)
+            return jnp.sum(gspmd.pipeline(stage, params, xs, stages=2, sides=sides))
+        return jnp.sum(run_in_sequence(lambda w, x: layer(w, x, shift), w, xs))
+
+    grads = [jax.grad(functools.partial(loss, p), (0, 1, 2)) for p in (True, False)]
+    close(*(jax.jit(fn)(w, xs, jnp.zeros(())) for fn in grads))
 
 
 def test_layers_that_keep_something() -> None:

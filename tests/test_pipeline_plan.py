@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 from jax.sharding import AxisType
 from pipelines import (
     SCHEDULES,
@@ -24,6 +25,7 @@ from pipelines import (
 import gspmd
 from gspmd import P, annotate
 from gspmd.ir import Program
+from gspmd.report import Report
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
@@ -119,6 +121,45 @@ def test_the_queue_is_updated_in_place() -> None:
     queue = rf"f32\[1,{m + 1},{rows},{dim}\]"
     assert re.search(rf"= {queue}.*dynamic[-_]update[-_]slice", loop)
     assert not re.search(rf"= {queue}\S* copy\(", loop)
+
+
+def test_sides_that_come_in_pieces_are_gathered_once() -> None:
+    """Their rows lie split over the stages too: not in each tick does a stage send for its own."""
+    p, m, rows, dim = 4, 8, 64, 8
+
+    def loss(w: Any, x: Any, side: Any) -> Any:
+        x, side = gspmd.to_microbatches((x, side), m)
+        made = gspmd.pipeline(lambda w, x, s: jnp.tanh(x @ w) + s, w, x, stages=p, sides=side)
+        return jnp.sum(jnp.sin(made))
+
+    args = array(p, dim, dim), array(rows, dim, seed=1), array(rows, dim, seed=2)
+    specs = P("stage"), P(("data", "stage")), P(("data", "stage"))
+    gradient = jax.grad(loss, (0, 2))
+    plan = gspmd.plan(gradient, *args, mesh="stage=4,data=2", in_specs=specs)
+    over = crossing(plan)
+    one = rows // m // 2 * dim * 4
+    assert [c for c in over if c[1] > 1] == [("collective_permute", m + p - 1, one)] * 2
+    assert [c for c in over if c[0] == "all_gather"] == [("all_gather", 1, m * one / p)] * 2
+    close(plan.simulate(*args), gradient(*args))
+
+
+@pytest.mark.parametrize("turns", [4, 5])
+def test_a_report_tells_a_pipeline_from_a_loop_around_it(turns: int) -> None:
+    """Also where both are of one line, and of 4 turns each."""
+    args = array(2, 256, 256), array(3, 256, 256)
+    tick = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
+
+    def report(turns: int) -> Report:
+        fn = lambda w, x: lax.scan(lambda x, _: (gspmd.pipeline(tick, w, x, stages=2), None), x, None, turns)[0]  # noqa: E731,E501 # fmt: skip
+        plan = gspmd.plan(jax.grad(lambda w, x: jnp.sum(fn(w, x))), *args, mesh="stage=2",
+                          in_specs=(P("stage"), None))  # fmt: skip
+        return plan.report("tpu-v4")
+
+    found, (one,) = report(turns), report(1).pipelines
+    (row,) = found.pipelines
+    assert row.seconds == pytest.approx(turns * one.seconds)
+    assert row.bubble == pytest.approx(row.seconds / 4)
+    assert row.seconds < found.seconds.step
 
 
 def test_planning_does_not_depend_on_microbatches_and_stages() -> None:

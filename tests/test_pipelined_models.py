@@ -101,6 +101,19 @@ def test_a_pipelined_model_has_the_losses_and_gradients_of_the_plain_one(
     close(jax.jit(fn)(*given(name)), plain(name))
 
 
+def test_routers_count_each_token_once() -> None:
+    """Also where microbatches do not divide the batch, and some rows are there once more."""
+    config = dataclasses.replace(MODELS["glam"], layers=4)
+    params, batch = given("glam")
+    params = {**params, "layers": jax.tree.map(lambda x: x[:2], params["layers"])}
+
+    def found(**how: Any) -> Any:
+        value, grads = jax.jit(loss("glam", dataclasses.replace(config, **how)))(params, batch)
+        return value, grads["layers"]["sparse"]["mixture"]["router"]
+
+    close(found(stages=2, microbatches=5), found())
+
+
 def planned(config: Any, how: dict[str, Any]) -> gspmd.Plan:
     return gspmd.plan(loss("transformer", config), *given("transformer"), **how)
 

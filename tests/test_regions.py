@@ -348,6 +348,24 @@ def test_groups_of_devices_are_refused() -> None:
         gspmd.plan(fn, array(8, 16), mesh="x=2,y=4")
 
 
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([(0, 1), (2, 1)], r"of the pair \(2, 1\) the destination 1 is there twice, over .*y"),
+        ([(0, 1), (0, 2)], r"of the pair \(0, 2\) the source 0 is there twice"),
+        (
+            [(0, 7)],
+            r"of the pair \(0, 7\) the destination 7 is no device there, over .* of 4 ",
+        ),
+        ([(-1, 0)], r"of the pair \(-1, 0\) the source -1 is no device there"),
+    ],
+)
+def test_a_permutation_that_is_none_is_refused(pairs: Any, message: str) -> None:
+    fn = region(lambda a: lax.ppermute(a, "y", pairs), XY, XY, check_vma=False)
+    with pytest.raises(TraceError, match=rf"^ppermute at \S+test_regions.py:\d+: {message}"):
+        gspmd.plan(fn, array(8, 16), mesh="x=2,y=4")
+
+
 @pytest.mark.parametrize("axes", ["y", ("y", "x"), ("x", "y")])
 def test_an_exchange_of_what_all_devices_have_alike(axes: Any) -> None:
     """What is not split over an axis may still be exchanged along it."""

@@ -60,6 +60,28 @@ def test_it_is_exact(tokens: int, causal: bool, ring: int, heads: int) -> None:
     close(plan.simulate(*args), jax.jit(with_gradient(attention, causal))(*args))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_row_of_no_token_gathers_what_plain_attention_does(causal: bool) -> None:
+    """The mean of all tokens, which has no part of those that pad them."""
+    tokens, mesh = 7, {"seq": 4, "model": 2}
+    args = (*draw(tokens), np.asarray([tokens, 0, 3]))
+    plan = gspmd.plan(
+        functools.partial(ring_attention, causal=causal), *args, mesh=mesh, rules=RULES
+    )
+    close(plan.simulate(*args), jax.jit(functools.partial(attention, causal=causal))(*args))
+
+
+def test_it_works_in_half_precision_and_without_its_axis() -> None:
+    args = (*draw(7), lengths(7))
+    half = (*(x.astype(np.float16) for x in args[:3]), args[3])
+    made = gspmd.plan(ring_attention, *half, mesh={"seq": 4}, rules={"heads": None}).simulate(*half)
+    assert made.dtype == np.float16
+    expected = attention(*args)
+    np.testing.assert_allclose(made, expected, atol=2e-3 * np.abs(expected).max())
+    plan = gspmd.plan(ring_attention, *args, mesh={"model": 2}, rules=RULES)
+    close(plan.simulate(*args), expected)
+
+
 def test_it_runs_on_devices_beside_annotations() -> None:
     """Manual over "seq", automatic over "data" and "model", in a layer that knows of neither."""
     mesh = jax.make_mesh((2, 2, 2), ("data", "seq", "model"), (AxisType.Auto,) * 3)
