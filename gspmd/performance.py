@@ -24,11 +24,12 @@ from gspmd.report import (
     Flops,
     OpRow,
     PipelineRow,
+    Place,
     Report,
     Seconds,
     counted,
+    repeated,
     show_size,
-    without_repeats,
 )  # fmt: skip
 from gspmd.sharding import Mesh, root_axis
 from gspmd.storage import STORAGE
@@ -312,8 +313,10 @@ def _model_flops(work: Work, times: Callable[[Op], int]) -> float:
     """What the results need, each product once, and without the bubble of pipelines."""
     model = drop_unused(work.model, work.mesh)
 
+    again = repeated(_place(run) for run in products(model, times))
+
     def total(program: Program, runs: int) -> float:
-        return flops_of(without_repeats(products(program, times, runs), _place))
+        return flops_of(run for run in products(program, times, runs) if _place(run) not in again)
 
     idle = sum(
         pipeline.bubble * total(body, runs * pipeline.ticks)
@@ -324,7 +327,7 @@ def _model_flops(work: Work, times: Callable[[Op], int]) -> float:
     return total(model, 1) - idle
 
 
-def _place(run: Run) -> tuple[str, str]:
+def _place(run: Run) -> Place:
     return _phase(run[0]), _source(run[0])
 
 

@@ -5,8 +5,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 from gspmd.cost import Bound
 from gspmd.errors import GspmdError
@@ -183,22 +183,25 @@ PARTS = (
 )  # fmt: skip
 
 
-T = TypeVar("T")
+Place = tuple[str, str]
+"""Where an op comes from: its phase, and its line."""
 
 
-def without_repeats(parts: Iterable[T], place: Callable[[T], tuple[str, str]]) -> list[T]:
-    """`parts` but for those that rematerialization repeats: of lines that ran forward, too.
-
-    `place(part)` is its phase, and its line.
-    """
-    places = [(part, *place(part)) for part in parts]
-    forward = {line for _, phase, line in places if phase == "forward"}
-    return [x for x, phase, line in places if phase != "rematerialized" or line not in forward]
+def repeated(places: Iterable[Place]) -> frozenset[Place]:
+    """Those of `places` at which rematerialization repeats what ran forward too."""
+    places = frozenset(places)
+    return frozenset(
+        (phase, line)
+        for phase, line in places
+        if phase == "rematerialized" and ("forward", line) in places
+    )
 
 
 def counted(rows: Iterable[OpRow]) -> list[OpRow]:
     """The rows of which the FLOPs are counted as utilization."""
-    return without_repeats(rows, lambda row: (row.phase, row.source))
+    rows = list(rows)
+    again = repeated((row.phase, row.source) for row in rows)
+    return [row for row in rows if (row.phase, row.source) not in again]
 
 
 def _why(made: Report, what: str, most: int) -> str:

@@ -24,6 +24,7 @@ from pipelines import (
 
 import gspmd
 from gspmd import P, annotate
+from gspmd.bubble import Ticks
 from gspmd.ir import Program
 from gspmd.report import Report
 
@@ -160,6 +161,23 @@ def test_a_report_tells_a_pipeline_from_a_loop_around_it(turns: int) -> None:
     assert row.seconds == pytest.approx(turns * one.seconds)
     assert row.bubble == pytest.approx(row.seconds / 4)
     assert row.seconds < found.seconds.step
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_bubble_is_no_use(remat: bool) -> None:
+    """The FLOPs of the model are those without a pipeline, with remat or not; devices do more."""
+    rows, micro, stages, dim, hidden = 64, 8, 2, 128, 256
+    piped = loss_of(model(stages, micro, remat=remat))
+    args = layers(4, dim, hidden), array(rows, dim)
+    specs = (P("stage"), None)
+    rules = {"batch": None, "hidden": None, "stage": "stage"}
+    plan = gspmd.plan(piped, *args, mesh={"stage": 2}, in_specs=specs, rules=rules)
+    made = plan.report("tpu-v4")
+    forward = 4 * 2 * 2 * rows * dim * hidden
+    assert made.flops.model == 3 * forward
+    useful = 1 - Ticks(stages, micro).bubble
+    assert made.flops.counted * stages * useful == pytest.approx(3 * forward)
+    assert (made.flops.hardware > made.flops.counted) == remat
 
 
 def test_planning_does_not_depend_on_microbatches_and_stages() -> None:
