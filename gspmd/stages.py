@@ -139,10 +139,9 @@ def run_layers(layer_fn: Callable[..., Any], keeps: int = 0) -> Callable[..., An
 
 def _dealt(params_and_mask: Any) -> tuple[Any, jax.Array | None]:
     """What `stack_stages` returns of one stage."""
-    if isinstance(params_and_mask, tuple) and len(params_and_mask) == 2:
+    if isinstance(params_and_mask, (tuple, list)) and len(params_and_mask) == 2:
         params, mask = params_and_mask
-        is_mask = isinstance(mask, jax.Array) and mask.dtype == bool and mask.ndim == 1
-        if mask is None or is_mask:
+        if mask is None or (getattr(mask, "dtype", "") == "bool" and jnp.ndim(mask) == 1):
             return params, mask
     raise PipelineError(
         "the stages of run_layers take as stage_params what gspmd.stack_stages returns, the layers "
