@@ -25,7 +25,16 @@ from gspmd.annotate import annotate
 from gspmd.bubble import At, Step, Ticks, either, guarded, opened
 from gspmd.ir import PIPELINE
 from gspmd.rules.pointwise import is_pointwise
-from gspmd.stages import TAKES_ITS_PLACE, PipelineError, alike, entries, leading, show_types, whole
+from gspmd.stages import (
+    TAKES_ITS_PLACE,
+    PipelineError,
+    alike,
+    entries,
+    leading,
+    show_types,
+    takes,
+    whole,
+)
 
 Schedule = Literal["gpipe", "circular"]
 Policy = Callable[..., Any]
@@ -248,6 +257,7 @@ def _opened(
     one, side = _first(x, 1), _first(sides, 1)
     kept = {name: _first(tree, dims[name]) for name, tree in held.items()}
     args = (_first(params, own), one, *side, *kept.values())
+    takes("stage_fn", stage_fn, "params", "x", *["side"] * len(sides), *kept)
     call, enclosed, made = opened(stage_fn, *args)
     if held and not (isinstance(made, tuple) and len(made) == 1 + len(held)):
         raise PipelineError(

@@ -1,5 +1,6 @@
 """to_microbatches, stack_stages, run_layers: a model's batch and layers, fit for a pipeline."""
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -138,10 +139,9 @@ def run_layers(layer_fn: Callable[..., Any], keeps: int = 0) -> Callable[..., An
 
 def _dealt(params_and_mask: Any) -> tuple[Any, jax.Array | None]:
     """What `stack_stages` returns of one stage."""
-    if isinstance(params_and_mask, tuple) and len(params_and_mask) == 2:
+    if isinstance(params_and_mask, (tuple, list)) and len(params_and_mask) == 2:
         params, mask = params_and_mask
-        is_mask = isinstance(mask, jax.Array) and mask.dtype == bool and mask.ndim == 1
-        if mask is None or is_mask:
+        if mask is None or (getattr(mask, "dtype", "") == "bool" and jnp.ndim(mask) == 1):
             return params, mask
     raise PipelineError(
         "the stages of run_layers take as stage_params what gspmd.stack_stages returns, the layers "
@@ -174,6 +174,7 @@ def _layer(
                     f"what a stage keeps has {size} entries for its {depth} layers: after the dims "
                     "of stages and rounds, cache and state have one of the layers of a stage."
                 )
+    takes("layer_fn", layer_fn, "params", "x", *["side"] * len(shared), *["kept"] * len(kept))
     one, *old = jax.tree.map(lambda a: a[0], (params, *kept))
     call, enclosed, made = opened(layer_fn, one, x, *shared, *old)
     alone = tree_util.tree_structure(made) == tree_util.tree_structure(x)
@@ -189,6 +190,22 @@ def _layer(
     for before, after in zip(old, new, strict=True):
         alike("layer_fn", "what it keeps", before, after, TAKES_ITS_PLACE)
     return call, enclosed
+
+
+def takes(who: str, fn: Callable[..., Any], *names: str) -> None:
+    """Nothing, if `fn` can be called with arguments of these names.
+
+    Raises:
+      PipelineError: it cannot.
+    """
+    try:
+        inspect.signature(fn).bind(*names)
+    except TypeError as error:
+        raise PipelineError(
+            f"{who} is called with ({', '.join(names)}), which it does not take: {error}."
+        ) from error
+    except ValueError:
+        pass  # some callables have no signature
 
 
 TAKES_ITS_PLACE = "what it returns takes the place of what it was given"

@@ -5,6 +5,7 @@ A model annotates roles ("batch", "mlp"). A strategy is a table from roles to "d
 """
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -59,11 +60,19 @@ def rules_for(
     * What splits "expert" splits no other dim of an expert: of the roles that begin with "expert_".
 
     Raises:
-      SpecError: no such strategy.
+      SpecError: no such strategy, or an axis with all but the name of one that a table speaks of.
     """
     if strategy not in tables:
         raise SpecError(f"no strategy {strategy!r}: choose one of {', '.join(tables)}.")
     rules = tables[strategy]
+    known = {"data", "fsdp", "expert", "model"}.union(*map(_axes, rules.values()))
+    for axis in mesh_axes:
+        near = difflib.get_close_matches(axis, known, n=1, cutoff=0.75)
+        if near and near[0] not in mesh_axes:
+            raise SpecError(
+                f"mesh axis {axis!r} is none that strategy {strategy!r} speaks of, so that it "
+                f"would split the batch alone; call it {near[0]!r} if you mean that, or otherwise."
+            )
     weights = ("fsdp" if "fsdp" in mesh_axes else "data", "expert")
     stage = _axes(rules.get("stage"))
 

@@ -146,6 +146,14 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         r"^stage_fn returns bool\[\] for the state\['n'\] of float32\[\]; what it returns takes "
         r"the place of what it was given: cast it back\.$",
     ),
+    "a side that the stage does not take": (
+        lambda: piped(fn=lambda w, x: x @ w, sides=array(4), state=array(2)),
+        r"^stage_fn is called with \(params, x, side, state\), which it does not take: too many",
+    ),
+    "a side that the layer does not take": (
+        lambda: in_layers(lambda w, x: x @ w, sides=array(4)),
+        r"^layer_fn is called with \(params, x, side\), which it does not take: too many",
+    ),
     "no repeats": (
         lambda: piped(array(2, 1, 8, 8), schedule="circular"),
         r"^stage_fn returns float32\[1, 3, 8\] for .*; the stage was given float32\[1, 8, 8\], "

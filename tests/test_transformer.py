@@ -431,6 +431,15 @@ def test_an_unknown_strategy_is_refused_with_the_choices():
         rules_for("zero", ("data",))
 
 
+@pytest.mark.parametrize(("axis", "near"), [("stages", "stage"), ("modle", "model")])
+def test_an_axis_that_is_almost_one_of_the_tables_is_refused(axis: str, near: str) -> None:
+    """It would split the batch, as an axis of any other name does."""
+    with pytest.raises(SpecError, match=rf"^mesh axis '{axis}' is none .*; call it '{near}' if"):
+        rules_for("2d", (axis, "data"))
+    assert rules_for("2d", ("pod", "data"))["batch"] == ("pod", "data")
+    assert rules_for("2d", ("data", "data2"))["batch"] == ("data", "data2")
+
+
 def test_a_table_of_an_unknown_role_is_refused():
     from gspmd.models.strategies import table
 
