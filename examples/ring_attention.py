@@ -14,8 +14,8 @@ from gspmd import P
 def scores(q, k, s, t, length, causal):
     """The scores of queries at `s` and keys at `t`, of which each row has `length`."""
     visible = (t < length[:, None, None, None]) & ((t <= s[:, None]) | (not causal))
-    score = jnp.einsum("bsnd,btnd->bnst", q, k) / q.shape[-1] ** 0.5
-    return jnp.where(visible, score, jnp.finfo(q.dtype).min)
+    q, least = q / q.shape[-1] ** 0.5, jnp.finfo(q.dtype).min
+    return jnp.where(visible, jnp.einsum("bsnd,btnd->bnst", q, k), least)
 
 
 def attention(q, k, v, length, causal=True):
@@ -25,14 +25,11 @@ def attention(q, k, v, length, causal=True):
 
 def ring_attention(q, k, v, length, causal=True):
     """The same. The tokens need not come out even: what pads them has no weight."""
-    tokens, axes = q.shape[1], jax.sharding.get_abstract_mesh().shape
-    if "seq" not in axes:
-        return attention(q, k, v, length, causal)
-    n = axes["seq"]
+    tokens, n = q.shape[1], jax.sharding.get_abstract_mesh().shape.get("seq", 1)
     q, k, v = (jnp.pad(x, ((0, 0), (0, -tokens % n), (0, 0), (0, 0))) for x in (q, k, v))
     spec, fn = P(None, "seq"), functools.partial(one_device, causal, tokens)
     by_hand = jax.shard_map(fn, in_specs=(*[spec] * 3, P()), out_specs=spec, axis_names={"seq"})
-    return by_hand(q, k, v, length)[:, :tokens]
+    return by_hand(q, k, v, length)[:, :tokens] if n > 1 else attention(q, k, v, length, causal)
 
 
 def one_device(causal, tokens, q, k, v, length):
