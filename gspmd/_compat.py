@@ -23,9 +23,10 @@ from gspmd.ir import PIPELINE, Source
 # Frames of these distributions are never "the user's line".
 LIBRARIES = frozenset({"jax", "jaxlib", "flax", "optax", "numpy", "chex", "einops", "orbax"})
 
-# Compiler options for programs whose values have many dims. XLA on CPU fuses products for kernels
-# that take no more than seven dims, and ends the process at one of eight (jax-ml/jax#39257). An
+# Compiler options for programs whose values have so many dims. XLA on CPU fuses products for
+# kernels that take no more than seven, and ends the process at one of eight (jax-ml/jax#39257). An
 # option that a release has not got is an error there: these have it.
+MANY = 8
 _FUSES = ("0.10.", "0.11.", "0.12.")
 MANY_DIMS: Mapping[str, str] = MappingProxyType(
     {"xla_cpu_experimental_ynn_fusion_type": ""}

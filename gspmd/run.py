@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import PartitionSpec as P
 
-from gspmd._compat import MANY_DIMS, is_tracing
+from gspmd._compat import MANY, MANY_DIMS, is_tracing
 from gspmd.collectives import Backend, backend_of
 from gspmd.devices import show_mesh
 from gspmd.errors import ArgumentError, MeshError
@@ -41,13 +41,17 @@ def simulator(program: Program, mesh: Mesh) -> Callable[..., list[jax.Array]]:
 
     Each mesh axis is a `jax.vmap`, so that the number of devices is bounded by memory alone.
     """
-    run = _jit(lambda *args: [copies[0] for copies in _copies(program, mesh, args)])
+    run = _jit(lambda *args: [copies[0] for copies in _copies(program, mesh, args)], program, mesh)
     return lambda *args: run(*map(on_one_device, args, program.ins))
 
 
-def _jit(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit` for a simulation, whose values have a dim more for each mesh axis."""
-    inner, outer = jax.jit(fn), jax.jit(fn, compiler_options=dict(MANY_DIMS))
+def _jit(fn: Callable[..., Any], program: Program, mesh: Mesh) -> Callable[..., Any]:
+    """`jax.jit` for a simulation of `program`, whose values have a dim more for each mesh axis."""
+    dims = len(mesh.axes) + max(
+        (len(x.shape) for op, _ in program.walk() for x in op.outs), default=0
+    )
+    inner = jax.jit(fn)
+    outer = jax.jit(fn, compiler_options=dict(MANY_DIMS)) if dims >= MANY else inner
     # What is being traced takes part in another's compilation, whose options are not ours.
     return lambda *args: (inner if is_tracing() else outer)(*args)
 
@@ -60,7 +64,7 @@ def replicas(
     The devices that hold the same shards must agree on all of them. With `poison`, the padding of
     uneven inputs holds NaN, or the largest number, in place of zeros: no output may show it.
     """
-    run = _jit(lambda *args: _copies(program, mesh, args, poison))
+    run = _jit(lambda *args: _copies(program, mesh, args, poison), program, mesh)
     return run(*map(on_one_device, args, program.ins))
 
 
@@ -75,7 +79,7 @@ def stacked(
     program: Program, mesh: Mesh, args: Sequence[Any], poison: bool = False
 ) -> Sequence[jax.Array]:
     """What every device holds of each output, simulated: `out[i][*mesh, *local shape]`."""
-    run = _jit(lambda *args: _stacked(program, mesh, args, poison))
+    run = _jit(lambda *args: _stacked(program, mesh, args, poison), program, mesh)
     return run(*map(on_one_device, args, program.ins))
 
 

@@ -136,10 +136,11 @@ def run(launch: Launch, port: int, logs: Path, tell: Callable[[str], None]) -> i
         "gke or --for mpirun prints how to start the same."
     )
     children: list[subprocess.Popen[bytes]] = []
-    with _stoppable():
+    with _stoppable() as begin:
         try:
             for number in range(launch.processes):
                 children += [_start(launch, number, port, gpus, logs)]
+            begin()
             return _watch(children, logs, tell)
         except _Stop as stop:
             tell("all processes are asked to stop; press Ctrl-C again to end them at once.")
@@ -245,14 +246,27 @@ class _Stop(BaseException):
 
 
 @contextlib.contextmanager
-def _stoppable() -> Generator[None]:
-    """Turns two of the signals that would end us into _Stop; ignored ones stay so (`nohup`)."""
-    heard: list[int] = []
+def _stoppable() -> Generator[Callable[[], None]]:
+    """Turns two of the signals that would end us into _Stop; ignored ones stay so (`nohup`).
 
-    def stop(number: int, frame: object) -> None:
-        heard.append(number)
-        if len(heard) <= 2:
+    What comes before the yielded function is called, that raises: a process that is being started
+    must not be lost.
+    """
+    early: list[int] = []
+    left = 0
+
+    def stop(number: int, frame: object = None) -> None:
+        nonlocal left
+        if left:
+            left -= 1
             raise _Stop(number)
+        early.append(number)
+
+    def begin() -> None:
+        nonlocal left
+        left = 2
+        if early:
+            stop(early[0])
 
     before = {
         number: signal.signal(number, stop)
@@ -260,7 +274,7 @@ def _stoppable() -> Generator[None]:
         if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
-        yield
+        yield begin
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
