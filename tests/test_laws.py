@@ -14,6 +14,10 @@ from gspmd.testing import DrawnProgram, meshes, programs
 from gspmd.testing.examples import Examples
 
 
+def exhaustive(seed: int) -> Any:
+    return pytest.param(seed, marks=pytest.mark.exhaustive)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_to_compile() -> Iterator[None]:
     """Hundreds of small programs, each run once."""
@@ -51,14 +55,14 @@ def runs_whole(program: DrawnProgram) -> bool:
     return True
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(6), *map(exhaustive, (6, 7))])
 def test_the_plan_computes_what_the_function_computes(
     assert_partitioned: Examples, seed: int
 ) -> None:
     holds(assert_partitioned, seed, 20, programs())
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [*range(3), exhaustive(3)])
 def test_the_plan_computes_the_gradient(assert_partitioned: Examples, seed: int) -> None:
     holds(assert_partitioned, seed, 10, programs(steps=6, smooth=True), grad=True)
 
