@@ -55,7 +55,7 @@ def runs_whole(program: DrawnProgram) -> bool:
     return True
 
 
-@pytest.mark.parametrize("seed", [*range(6), *map(exhaustive, (6, 7))])
+@pytest.mark.parametrize("seed", [*range(5), *map(exhaustive, (5, 6, 7))])
 def test_the_plan_computes_what_the_function_computes(
     assert_partitioned: Examples, seed: int
 ) -> None:

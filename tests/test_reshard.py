@@ -34,6 +34,10 @@ SHAPES = pytest.mark.parametrize("shape", [EVEN, UNEVEN, STRADDLING], ids=str)
 F32 = np.dtype(np.float32)
 
 
+def exhaustive(shape: tuple[int, ...]) -> Any:
+    return pytest.param(shape, marks=pytest.mark.exhaustive)
+
+
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
     folder = str(Path(__file__).parent.parent / "benchmarks")
@@ -173,7 +177,7 @@ def some_pairs(name: str, count: int) -> list[tuple[Sharding, Sharding]]:
     return found[::step]
 
 
-@SHAPES
+@pytest.mark.parametrize("shape", [EVEN, UNEVEN, exhaustive(STRADDLING)], ids=str)
 @pytest.mark.parametrize("name", MESHES)
 def test_values_arrive(name: str, shape: tuple[int, ...]) -> None:
     """One program reshards one matrix, or a sum that is still owed, in many ways."""
