@@ -69,7 +69,8 @@ class Sources:
             if self._user(code.co_filename):
                 return self._source(traceback, code, offsets[i], phase, scope)
         if outer is not None:
-            return dataclasses.replace(outer, phase=phase, scope=scope)
+            same = (outer.phase, outer.scope) == (phase, scope)
+            return outer if same else dataclasses.replace(outer, phase=phase, scope=scope)
         known = phase != "forward" or scope
         return Source("", 0, phase=phase, scope=scope) if known else None
 

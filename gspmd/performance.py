@@ -30,7 +30,7 @@ from gspmd.report import (
     counted,
     repeated,
     show_size,
-)  # fmt: skip
+)
 from gspmd.sharding import Mesh, root_axis
 from gspmd.storage import STORAGE
 from gspmd.timeline import Task, schedule
@@ -153,7 +153,7 @@ def report(work: Work, chip: Chip, where: Placement, assumptions: Assumptions) -
             peak=chip.peak_flops(dtype) if dtype is not None else 0.0,
             dtype=str(dtype) if dtype is not None else "",
             flops=Flops(
-                _model_flops(work, times),
+                _model_flops(work, times, piped),
                 *(
                     sum(row.flops * row.trips for row in rows)
                     for rows in (timer.ops, counted(timer.ops))
@@ -309,22 +309,22 @@ def _phase(op: Op) -> str:
     return "boundary" if op.source is None else op.source.phase
 
 
-def _model_flops(work: Work, times: Callable[[Op], int]) -> float:
+def _model_flops(work: Work, times: Callable[[Op], int], piped: Iterable[Pipeline]) -> float:
     """What the results need, each product once, and without the bubble of pipelines."""
     model = drop_unused(work.model, work.mesh)
+    runs = list(products(model, times))
+    again = repeated(map(_place, runs))
 
-    again = repeated(_place(run) for run in products(model, times))
-
-    def total(program: Program, runs: int) -> float:
-        return flops_of(run for run in products(program, times, runs) if _place(run) not in again)
+    def once(found: Iterable[Run]) -> float:
+        return flops_of(run for run in found if _place(run) not in again)
 
     idle = sum(
-        pipeline.bubble * total(body, runs * pipeline.ticks)
-        for pipeline in pipelines(model)
-        for op, runs in _loops(model, pipeline, times)
+        pipeline.bubble * once(products(body, times, n * pipeline.ticks))
+        for pipeline in piped
+        for op, n in _loops(model, pipeline, times)
         for body in op.bodies
     )
-    return total(model, 1) - idle
+    return once(runs) - idle
 
 
 def _place(run: Run) -> Place:
